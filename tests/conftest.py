@@ -1,0 +1,146 @@
+"""What the tests of the loop share: a temporary checkout with a torch-free train.py, and a scripted model behind HTTP."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import agent
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = ROOT / "tests" / "toy"
+
+
+class Checkout:
+    """A git repository with agent.py in it, and ways to use it as a user would."""
+
+    def __init__(self, root, cache):
+        self.root, self.cache = root, cache
+
+    def git(self, *args):
+        return subprocess.run(["git", *args], cwd=self.root, check=True, capture_output=True, text=True).stdout.strip()
+
+    def config(self, **more):
+        return agent.Config(**{"root": self.root, "cache": self.cache, "budget_s": 0.1, "proposer": "search",
+                               "outage_s": 1.0, "startup_s": 5.0, **more})
+
+    def session(self, **more):
+        return agent.session(self.config(**more))
+
+    def command(self, *args):
+        return [sys.executable, str(self.root / "agent.py"), "--time-budget", "0.1", *args]
+
+    def env(self, **more):
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
+        return {**clean, "AUTORESEARCH_CACHE": str(self.cache), "COLUMNS": "100", **more}
+
+    def run(self, *args, **env):
+        """agent.py as a process, its output in a pipe."""
+        return subprocess.run(self.command(*args), cwd=self.root, env=self.env(**env), capture_output=True, text=True,
+                              timeout=60)
+
+    def record(self):
+        return agent.read_record(self.config())
+
+    def rows(self):
+        """results.tsv as a list of dicts."""
+        header, *lines = (self.root / "results.tsv").read_text().splitlines()
+        return [dict(zip(header.split("\t"), line.split("\t"), strict=True)) for line in lines]
+
+    def text(self, name="train.py"):
+        return (self.root / name).read_text()
+
+
+def make_checkout(folder, cache, source=TOY):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("train.py", "prepare.py"):
+        shutil.copy(source / name, folder)
+    for name in ("agent.py", "results.tsv", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "program.md").write_text("Lower the number.\n")
+    return Checkout(folder, cache)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A checkout's files, not yet under git."""
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL", "GIT_AUTHOR_EMAIL", "GIT_AUTHOR_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
+    return make_checkout(tmp_path / "checkout", tmp_path / "cache")
+
+
+def commit_all(checkout):
+    checkout.git("init", "-q", "-b", "main")
+    checkout.git("add", "-A")
+    checkout.git("-c", "user.name=u", "-c", "user.email=u@u", "commit", "-qm", "start")
+
+
+@pytest.fixture
+def checkout(folder):
+    """A checkout with one commit on main and no git identity."""
+    commit_all(folder)
+    return folder
+
+
+class Server:
+    """A chat completions server that answers from a script: replies, or (status, body), or functions of the request."""
+
+    def __init__(self):
+        self.script, self.requests, self.models = [], [], ["tiny"]
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.answer(200, {"object": "list", "data": [{"id": m, "object": "model"} for m in outer.models]})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append(body)
+                step = outer.script.pop(0) if outer.script else (500, {"error": {"message": "the script is over"}})
+                step = step(body) if callable(step) else step
+                self.answer(*(step if isinstance(step, tuple) else (200, completion(step))))
+
+            def answer(self, status, body):
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def asked(self, i):
+        """The text of the last message of the i-th request."""
+        return self.requests[i]["messages"][-1]["content"]
+
+
+def completion(text, tokens=100):
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "tiny",
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+            "usage": {"prompt_tokens": tokens - 10, "completion_tokens": 10, "total_tokens": tokens}}
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def reply(edits, description="an idea", hypothesis="It should help."):
+    return f"HYPOTHESIS: {hypothesis}\nEXPECTED: -0.002\nDESCRIPTION: {description}\n{edits}\n"

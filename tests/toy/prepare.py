@@ -1,0 +1,76 @@
+"""A torch-free stand-in for prepare.py, for tests of the loop alone: same command line, same files, same hand-over."""
+
+import json
+import math
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+CACHE = Path(os.environ.get("AUTORESEARCH_CACHE", "/nowhere"))
+HERE = Path(__file__).resolve().parent
+
+
+def active_preset():
+    return json.loads((CACHE / (CACHE / "current").read_text() / "meta.json").read_text())["preset"]
+
+
+class Data:
+    vocab_size, seq_len = 256, 16
+
+    def start(self, model):
+        with socket.socket(fileno=int(os.environ["AUTORESEARCH_HANDOVER_FD"])) as harness:
+            harness.sendall(b"start\n")
+            _, fds, _, _ = socket.recv_fds(harness, 64, 2)
+        assert os.read(fds[0], 16) == b"the train tokens"
+        self.began = time.monotonic()
+
+    def progress(self):
+        return (time.monotonic() - self.began) / float(os.environ["AUTORESEARCH_TIME_BUDGET"])
+
+    def expired(self):
+        return self.progress() >= 1
+
+    def rest(self):
+        time.sleep(0.02)
+
+
+def load():
+    return Data()
+
+
+def finish(model, **facts):
+    Path("checkpoint.pt").write_text(json.dumps(model))
+    Path("facts.json").write_text(json.dumps({**facts, "peak_vram_mb": 512.0}))
+
+
+def bpb(m):
+    """Lowest, 1.0, at rate 3, decay 0.6, rows 256, depth 6."""
+    off = (math.log(m["rate"] / 3), m["decay"] - 0.6, math.log2(m["rows"] / 256), (m["depth"] - 6) / 4)
+    return 1 + 0.02 * sum(x * x for x in off)
+
+
+def score(folder):
+    model = json.loads((folder / "checkpoint.pt").read_text())
+    if "invalid" in model:
+        (folder / "score.json").write_text(json.dumps({"invalid": model["invalid"]}))
+        sys.exit(3)
+    if "flaky" in model and not (folder / "flaky").exists():
+        (folder / "flaky").touch()
+        raise RuntimeError("the scorer stumbled")
+    (folder / "score.json").write_text(json.dumps({"val_bpb": bpb(model) if model.get("bpb") is None else model["bpb"]}))
+
+
+def make():
+    folder = CACHE / "toy"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.bin").write_bytes(b"the train tokens")
+    (folder / "train_docs.npy").write_bytes(b"docs")
+    meta = {"format": 1, "dataset": "toy", "preset": "cpu", "fingerprint": os.environ.get("TOY_FINGERPRINT", "f00d")}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (CACHE / "current").write_text("toy")
+
+
+if __name__ == "__main__":
+    score(Path(sys.argv[2])) if sys.argv[1:2] == ["score"] else make()

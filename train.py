@@ -1,0 +1,565 @@
+"""Trains a small GPT for a fixed time budget: `python train.py`. prepare.py then scores it: val_bpb, lower is better.
+
+This is the file that experiments change. The rest of the project relies on three things: build_model(vocab_size,
+seq_len) returns a module that maps tokens (B, T) to logits (B, T, vocab), main() trains it, importing does nothing.
+"""
+import copy
+import functools
+import gc
+import math
+import sys
+from types import SimpleNamespace
+
+import prepare  # before torch: its clock counts that import
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+# ---------------------------------------------------------------------------
+# Hyperparameters: NAME = literal  # what, unit [low, high]. Every value within its bounds runs.
+# ---------------------------------------------------------------------------
+
+SIZES = {  # the row of the active preset is used
+    # DEPTH: transformer blocks [1, 24]
+    # HEADS: attention heads; the width of the model is HEADS * HEAD_DIM channels [1, 16]
+    # HEAD_DIM: channels per head, rounded to a multiple of 8 [16, 256]
+    # WINDOW: tokens that a short-window block sees, itself included; seq_len or more means all [16, 2048]
+    # VALUE_EVERY: the last block and every n-th before it has a value embedding, blocks [1, 24]
+    # BATCH_ROWS: rows of seq_len tokens per optimizer step [1, 512]
+    # MICRO_ROWS: rows that are in memory at once, at most; lower it when memory runs out [1, 128]
+    # MATRIX_LR: Muon's rate for the matrices of the blocks [0.002, 0.2]
+    "datacenter": dict(DEPTH=8, HEADS=6, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, BATCH_ROWS=64, MICRO_ROWS=32,
+                       MATRIX_LR=0.04),
+    "consumer": dict(DEPTH=6, HEADS=4, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, BATCH_ROWS=32, MICRO_ROWS=16,
+                     MATRIX_LR=0.04),
+    "mac": dict(DEPTH=4, HEADS=2, HEAD_DIM=128, WINDOW=128, VALUE_EVERY=1, BATCH_ROWS=16, MICRO_ROWS=16,
+                MATRIX_LR=0.03),
+    "cpu": dict(DEPTH=4, HEADS=2, HEAD_DIM=64, WINDOW=256, VALUE_EVERY=1, BATCH_ROWS=8, MICRO_ROWS=8,
+                MATRIX_LR=0.03),
+}
+
+# Architecture
+WINDOW_PATTERN = "SSSL"  # S: short window, L: full; repeated over the blocks; the last block is always full
+MLP_RATIO = 4.0  # hidden channels of the MLP per channel of the model [0.5, 8]
+ROPE_BASE = 10000.0  # longest wavelength of the rotary embedding, about this many times 2 pi tokens [100, 1000000]
+SOFTCAP = 15.0  # logits stay within +-SOFTCAP [5, 50]
+GATE_CHANNELS = 32  # channels of a block's input that drive the gates of its value embedding [1, 128]
+EMBED_MIX_INIT = 0.1  # share of the token embedding mixed in before every block, at the start [0, 1]
+
+# AdamW: embeddings, head and scalars. The rates of the first three are for a width of 768 and grow as width ** -0.5
+EMBED_LR = 0.8  # token embedding [0.05, 5]
+VALUE_LR = 0.8  # value embeddings [0.05, 5]
+HEAD_LR = 0.01  # output head [0.001, 0.1]
+RESIDUAL_LR = 0.015  # per-block scale of the residual stream [0.001, 0.1]
+MIX_LR = 0.5  # per-block share of the token embedding [0.01, 2]
+EMBED_DECAY = 0.002  # weight decay of the token embedding, times its rate [0, 0.05]
+VALUE_DECAY = 0.002  # weight decay of the value embeddings, times their rate [0, 0.05]
+HEAD_DECAY = 0.005  # weight decay of the head, times its rate [0, 0.1]
+ADAM_BETA1 = 0.8  # mean of the gradient: share kept per step [0.5, 0.95]
+ADAM_BETA2 = 0.95  # mean of its square: share kept per step [0.8, 0.999]
+SCALAR_BETA1 = 0.96  # as ADAM_BETA1, for the per-block scalars [0.5, 0.99]
+
+# Muon: the matrices of the blocks
+MOMENTUM_START = 0.85  # momentum at the first step [0.5, 0.98]
+MOMENTUM_PEAK = 0.95  # momentum between build-up and warm-down [0.5, 0.98]
+MOMENTUM_END = 0.92  # momentum at the end [0.5, 0.98]
+MOMENTUM_BUILDUP = 0.12  # share of the budget from MOMENTUM_START to MOMENTUM_PEAK [0, 0.5]
+NEURON_BETA = 0.95  # mean square of a neuron's update: share kept per step [0.5, 0.99]
+MATRIX_DECAY = 0.2  # cautious weight decay, times the rate; falls to 0 over the budget [0, 1]
+
+# Schedule
+WARMDOWN = 0.75  # last share of the budget, in which the rates fall linearly [0, 1]
+LR_FLOOR = 0.03  # learning-rate factor at the end [0, 0.5]
+
+LOG_EVERY_S = 2.0  # time between step lines, seconds
+
+# ---------------------------------------------------------------------------
+# Attention kernels: q, k, v and the result are (B, H, T, D)
+# ---------------------------------------------------------------------------
+
+SDPA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+compiled_flex_attention = torch.compile(flex_attention, dynamic=False)  # lazy; uncompiled it would make a dense matrix
+
+
+def attend(q, k, v, window: int, block_mask):
+    """Every query sees itself and the window - 1 tokens before it, through the fastest kernel there is."""
+    if window >= q.shape[2]:
+        return full_attention(q, k, v)
+    if block_mask is not None:
+        return compiled_flex_attention(q, k, v, block_mask=block_mask)
+    return blockwise_attention(q, k, v, window)
+
+
+def full_attention(q, k, v):
+    """Plain causal attention."""
+    with sdpa_kernel(SDPA_ORDER, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def blockwise_attention(q, k, v, window: int):
+    """Windowed attention without a (T, T) mask: a block of `window` queries sees its own keys and the block before."""
+    batch, heads, length, dim = q.shape
+    padded = math.ceil(length / window) * window
+    q, k, v = (F.pad(t, (0, 0, 0, padded - length)).reshape(batch * heads, -1, window, dim) for t in (q, k, v))
+    k, v = (torch.cat([F.pad(t, (0, 0, 0, 0, 1, 0))[:, :-1], t], dim=2) for t in (k, v))  # before the first: zeros
+    query = torch.arange(padded, device=q.device).view(-1, window, 1)
+    key = query[:, :1] - window + torch.arange(2 * window, device=q.device)
+    mask = (key >= 0) & (key <= query) & (query - key < window)  # (blocks, window, 2 * window)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.reshape(batch, heads, padded, dim)[:, :, :length]
+
+
+@functools.cache
+def can_compile(device_type: str) -> bool:
+    """Whether torch.compile works here: compiles one operation. On MPS it is not dependable and is never used."""
+    if device_type == "mps":
+        return False
+    try:
+        torch.compile(torch.square)(torch.ones(8, device=device_type))
+    except RuntimeError:  # no C++ compiler, no Triton, no Python headers
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------
+
+
+def sizes() -> SimpleNamespace:
+    """The active preset's row of SIZES."""
+    return SimpleNamespace(**SIZES[prepare.active_preset()])
+
+
+def multiple_of_8(channels: float) -> int:
+    """The nearest positive multiple of 8, which attention kernels ask for."""
+    return max(8, round(channels / 8) * 8)
+
+
+def norm(x):
+    """RMSNorm over the last dimension, without parameters."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class Linear(nn.Linear):
+    """No bias; fp32 weights, multiplied in the input's precision."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotary_table(length: int, head_dim: int):
+    """cos and sin of the angle of every position and channel pair: (2, length, 1, head_dim / 2), fp32."""
+    wavelengths = ROPE_BASE ** (torch.arange(0, head_dim, 2) / head_dim)
+    angles = torch.arange(length)[:, None, None] / wavelengths
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x, rotary):
+    """Rotates channel pairs of x (B, T, H, D) by their position's angles (2, T, 1, D / 2)."""
+    cos, sin = rotary.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal attention over the last `window` tokens; a value embedding may add to the values, gated per head."""
+
+    def __init__(self, heads: int, head_dim: int, window: int, has_value_embedding: bool):
+        super().__init__()
+        width = heads * head_dim
+        self.heads, self.window = heads, window
+        self.query, self.key, self.value, self.out = (Linear(width, width) for _ in range(4))
+        self.gate = Linear(min(GATE_CHANNELS, width), heads) if has_value_embedding else None
+
+    def forward(self, x, rotary, value_embedding, block_mask):
+        """x, value_embedding: (B, T, width); block_mask: flex attention's, None where other kernels do the windows."""
+        per_head = (*x.shape[:2], self.heads, -1)
+        q = rotate(norm(self.query(x).view(per_head)), rotary)
+        k = rotate(norm(self.key(x).view(per_head)), rotary)
+        v = self.value(x).view(per_head)
+        if self.gate is not None:
+            gate = 2 * self.gate(x[..., :GATE_CHANNELS]).sigmoid()
+            v = v + gate.unsqueeze(-1) * value_embedding.view(per_head)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return self.out(attend(q, k, v, self.window, block_mask).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two layers with the square of ReLU between them."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = multiple_of_8(MLP_RATIO * width)
+        self.up, self.down = Linear(width, hidden), Linear(hidden, width)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP."""
+
+    def __init__(self, heads: int, head_dim: int, window: int, has_value_embedding: bool):
+        super().__init__()
+        self.attention = Attention(heads, head_dim, window, has_value_embedding)
+        self.mlp = MLP(heads * head_dim)
+
+    def forward(self, x, rotary, value_embedding, block_mask):
+        x = x + self.attention(norm(x), rotary, value_embedding, block_mask)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """Tokens (B, T) int64 -> logits (B, T, vocab_size) fp32, T <= seq_len. Activations are bf16 on CUDA, else fp32."""
+
+    def __init__(self, vocab_size: int, seq_len: int, size: SimpleNamespace):
+        super().__init__()
+        head_dim = multiple_of_8(size.HEAD_DIM)
+        width = size.HEADS * head_dim
+        self.windows = block_windows(size.DEPTH, min(size.WINDOW, seq_len), seq_len)
+        has_value = range(size.DEPTH - 1, -1, -size.VALUE_EVERY)  # blocks with a value embedding
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.value_embeddings = nn.ModuleDict({str(i): nn.Embedding(vocab_size, width) for i in has_value})
+        self.blocks = nn.ModuleList(Block(size.HEADS, head_dim, w, i in has_value) for i, w in enumerate(self.windows))
+        self.residual_scale = nn.Parameter(torch.ones(size.DEPTH))
+        self.embed_mix = nn.Parameter(torch.full((size.DEPTH,), EMBED_MIX_INIT))
+        self.head = Linear(width, vocab_size)
+        self.register_buffer("rotary", rotary_table(seq_len, head_dim), persistent=False)
+        self.flex = torch.cuda.is_available() and can_compile("cuda")
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Matrices have deviation width ** -0.5; what writes to the residual stream starts at 0, the head small."""
+        bound = 3**0.5 * self.head.in_features**-0.5
+        for weight in matrix_parameters(self):
+            weight.uniform_(-bound, bound)
+        for block in self.blocks:
+            block.attention.out.weight.zero_()
+            block.mlp.down.weight.zero_()
+            if block.attention.gate is not None:
+                block.attention.gate.weight.zero_()
+        self.embedding.weight.normal_()
+        for embedding in self.value_embeddings.values():
+            embedding.weight.uniform_(-bound, bound)
+        self.head.weight.normal_(std=0.001)
+
+    def forward(self, idx):
+        dtype = torch.bfloat16 if idx.is_cuda else torch.float32
+        rotary = self.rotary[:, : idx.shape[1]]
+        block_mask = self.block_mask(idx.shape[1], idx.device)
+        x = embedded = norm(self.embedding(idx).to(dtype))
+        for i, block in enumerate(self.blocks):
+            x = self.residual_scale[i] * x + self.embed_mix[i] * embedded
+            value = self.value_embeddings[str(i)](idx).to(dtype) if str(i) in self.value_embeddings else None
+            x = block(x, rotary, value, block_mask)
+        logits = self.head(norm(x)).float()
+        return SOFTCAP * torch.tanh(logits / SOFTCAP)
+
+    def block_mask(self, length: int, device):
+        """Flex attention's sparse mask of the short windows; None where it is not used or no window is short."""
+        window = min(self.windows)
+        if not (self.flex and device.type == "cuda" and window < length):
+            return None
+
+        def in_window(batch, head, query, key):
+            return (key <= query) & (query - key < window)
+
+        return create_block_mask(in_window, None, None, length, length, device=device)
+
+
+def block_windows(depth: int, short: int, full: int) -> list[int]:
+    """Tokens that each block sees, by WINDOW_PATTERN."""
+    return [{"S": short, "L": full}[WINDOW_PATTERN[i % len(WINDOW_PATTERN)]] for i in range(depth - 1)] + [full]
+
+
+def build_model(vocab_size: int, seq_len: int) -> nn.Module:
+    """The untrained model at the active preset's size. The scorer calls this too, and loads the checkpoint into it."""
+    return GPT(vocab_size, seq_len, sizes())
+
+
+def matrix_parameters(model) -> list:
+    """The matrices of the blocks: Muon's."""
+    return list(model.blocks.parameters())
+
+
+# ---------------------------------------------------------------------------
+# Optimizers
+# ---------------------------------------------------------------------------
+
+POLAR_EXPRESS = (  # coefficients of the odd quintic of each Newton-Schulz step (arXiv 2505.16932)
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalise(matrices):
+    """The nearest (semi-)orthogonal matrix to each of (n, rows, columns), nearly: singular values go to about 1."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x.mT if tall else x
+    x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def neuron_power(update):
+    """Mean square of each neuron of (n, rows, columns), that is of each row, or column where those are more."""
+    return update.square().mean(-1 if update.shape[-2] >= update.shape[-1] else -2, keepdim=True)
+
+
+def equalise_neurons(update, power):
+    """Divides each neuron by the root of its running mean square `power`, keeping the norm of each matrix."""
+    power += (1 - NEURON_BETA) * (neuron_power(update) - power)
+    scaled = update * power.clamp_min(1e-10).rsqrt()
+    before, after = (t.norm(dim=(-2, -1), keepdim=True) for t in (update, scaled))
+    return scaled * before / after.clamp_min(1e-10)
+
+
+def muon_update(weights, gradients, velocity, power, lr, momentum, decay):
+    """New weights (n, rows, columns); moves velocity and power along. Decays only where the update shrinks too."""
+    velocity += (1 - momentum) * (gradients - velocity)
+    update = orthogonalise(gradients + momentum * (velocity - gradients))  # Nesterov: looks one step ahead
+    update = equalise_neurons(update, power) * max(1, weights.shape[-2] / weights.shape[-1]) ** 0.5
+    return weights - lr * update - lr * decay * weights * (update * weights >= 0)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised; all matrices of one shape are updated as one batch."""
+
+    def __init__(self, matrices: list, lr: float, update=muon_update):
+        shapes = {tuple(p.shape): [] for p in matrices}
+        for p in matrices:
+            shapes[tuple(p.shape)].append(p)
+        groups = [dict(params=params, lr=lr, momentum=MOMENTUM_START, decay=MATRIX_DECAY) for params in shapes.values()]
+        super().__init__(groups, {})
+        self.update = update
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = group["params"]
+            weights, gradients = torch.stack(params), torch.stack([p.grad for p in params])
+            state = self.state[params[0]] or self.new_state(params[0], weights)
+            rates = [weights.new_full((), group[name]) for name in ("lr", "momentum", "decay")]  # floats recompile
+            weights = self.update(weights, gradients, state["velocity"], state["power"], *rates)
+            torch._foreach_copy_(params, weights.unbind())
+
+    def new_state(self, key, weights) -> dict:
+        """Zero momentum and mean squares for the batch `weights`, kept under the parameter `key`."""
+        self.state[key] = dict(velocity=torch.zeros_like(weights), power=torch.zeros_like(neuron_power(weights)))
+        return self.state[key]
+
+
+def adamw(model) -> torch.optim.Optimizer:
+    """AdamW for all that is not Muon's."""
+    scale = (model.head.in_features / 768) ** -0.5
+    value_weights = list(model.value_embeddings.parameters())
+    betas, scalar_betas = (ADAM_BETA1, ADAM_BETA2), (SCALAR_BETA1, ADAM_BETA2)
+    groups = [
+        dict(params=[model.embedding.weight], lr=EMBED_LR * scale, betas=betas, weight_decay=EMBED_DECAY),
+        dict(params=value_weights, lr=VALUE_LR * scale, betas=betas, weight_decay=VALUE_DECAY),
+        dict(params=[model.head.weight], lr=HEAD_LR * scale, betas=betas, weight_decay=HEAD_DECAY),
+        dict(params=[model.residual_scale], lr=RESIDUAL_LR, betas=scalar_betas, weight_decay=0.0),
+        dict(params=[model.embed_mix], lr=MIX_LR, betas=scalar_betas, weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, eps=1e-10, fused=True)
+
+
+def lr_factor(progress: float) -> float:
+    """Learning-rate factor at a share of the budget: 1, then linearly to LR_FLOOR over the last WARMDOWN of it."""
+    left = min(1.0, (1 - progress) / max(WARMDOWN, 1e-9))
+    return LR_FLOOR + (1 - LR_FLOOR) * max(0.0, left)
+
+
+def momentum_at(progress: float) -> float:
+    """Muon's momentum: from START to PEAK over the build-up, from PEAK to END over the warm-down."""
+    built = min(1.0, progress / max(MOMENTUM_BUILDUP, 1e-9))
+    cooled = max(0.0, 1 - (1 - progress) / max(WARMDOWN, 1e-9))
+    return MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * built + (MOMENTUM_END - MOMENTUM_PEAK) * cooled
+
+
+# ---------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------
+
+
+def next_token_loss(model, x, y):
+    """Mean cross entropy, nats per token, of predicting y (B, T) from x (B, T)."""
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
+class Trainer:
+    """Model, optimizers and compiled functions; step() makes one optimizer step."""
+
+    def __init__(self, model, size: SimpleNamespace, compiled: bool):
+        compile_fn = functools.partial(torch.compile, dynamic=False, disable=not compiled)
+        self.model = model
+        self.loss = compile_fn(next_token_loss)
+        self.muon = Muon(matrix_parameters(model), size.MATRIX_LR, compile_fn(muon_update))
+        self.adamw = adamw(model)
+        self.micro_batches = math.ceil(size.BATCH_ROWS / size.MICRO_ROWS)
+        self.rows = math.ceil(size.BATCH_ROWS / self.micro_batches)  # of every micro-batch: fixed shapes
+        for group in self.param_groups():
+            group["peak_lr"] = group["lr"]
+
+    def param_groups(self) -> list:
+        return self.muon.param_groups + self.adamw.param_groups
+
+    def schedule(self, progress: float) -> float:
+        """Sets what depends on the share of the budget; returns the learning-rate factor."""
+        factor = lr_factor(progress)
+        for group in self.param_groups():
+            group["lr"] = factor * group["peak_lr"]
+        for group in self.muon.param_groups:
+            group.update(momentum=momentum_at(progress), decay=MATRIX_DECAY * (1 - progress))
+        return factor
+
+    def step(self, batches):
+        """One optimizer step on the micro-batches (x, y); returns their mean loss, left on the device."""
+        total = 0.0
+        for x, y in batches:
+            loss = self.loss(self.model, x, y) / self.micro_batches
+            loss.backward()
+            total += loss.detach()
+        self.muon.step()
+        self.adamw.step()
+        self.model.zero_grad()
+        return total
+
+    def warm_up(self, batch):
+        """Compiles and allocates by two steps on a dummy batch (x, y), then puts everything back as it was."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        saved = [t.detach().clone() for t in tensors]
+        optimizers = [self.muon, self.adamw]
+        states = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
+        with torch.random.fork_rng():
+            for _ in range(2):
+                self.step([batch] * self.micro_batches)
+        with torch.no_grad():
+            torch._foreach_copy_(tensors, saved)
+        for optimizer, state in zip(optimizers, states):
+            optimizer.load_state_dict(state)
+
+
+def shuffled_starts(num_tokens: int, length: int, rows: int, device):
+    """Yields (rows,) starts of windows of `length` tokens and their successors, forever. An epoch cuts the whole stream
+    into windows that follow each other, from a random first offset, and shuffles them: no token is left out."""
+    queue = torch.empty(0, dtype=torch.int64, device=device)
+    while True:
+        while len(queue) < rows:
+            first = int(torch.randint(min(length, num_tokens - length), ()))
+            epoch = torch.arange(first, num_tokens - length, length, device=device)
+            queue = torch.cat([queue, epoch[torch.randperm(len(epoch), device=device)]])
+        yield queue[:rows]
+        queue = queue[rows:]
+
+
+class Log:
+    """Prints a line after the first step, every LOG_EVERY_S seconds and after the last; only then waits for the GPU."""
+
+    def __init__(self, data, tokens_per_step: int):
+        self.data, self.tokens_per_step = data, tokens_per_step
+        self.step = self.printed_step = 0
+        self.printed_s = -LOG_EVERY_S
+        self.loss_sum = 0.0  # since the last line
+
+    def add(self, loss, factor: float):
+        """Counts a step; loss is a tensor on the device."""
+        self.step += 1
+        self.factor = factor
+        self.loss_sum += loss
+        if self.data.elapsed() - self.printed_s >= LOG_EVERY_S:
+            self.show()
+
+    def show(self):
+        """One line with the mean loss and speed since the last line. A loss that is not finite ends the run: exit 1."""
+        steps = self.step - self.printed_step
+        loss = float(self.loss_sum) / steps
+        now_s = self.data.elapsed()
+        speed = steps * self.tokens_per_step / (now_s - max(0.0, self.printed_s))
+        print(f"step {self.step} ({100 * self.data.progress():.1f}%) | loss {loss:.4f} | lr {self.factor:.2f} | "
+              f"tok/s {speed:.0f}", flush=True)
+        if not math.isfinite(loss):
+            sys.exit(f"NaN loss at step {self.step}")
+        self.printed_step, self.printed_s, self.loss_sum = self.step, now_s, 0.0
+
+
+def train(data, trainer: Trainer, tokens_per_step: int) -> int:
+    """Steps until the budget is used up; returns how many."""
+    starts = shuffled_starts(data.num_tokens, data.seq_len, trainer.rows, data.device)
+    log = Log(data, tokens_per_step)
+    while not data.expired():
+        factor = trainer.schedule(data.progress())
+        batches = (data.gather(next(starts), data.seq_len) for _ in range(trainer.micro_batches))
+        log.add(trainer.step(batches), factor)
+    if log.step > log.printed_step:
+        log.show()
+    return log.step
+
+
+# ---------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------
+
+PEAK_FLOPS = {  # dense bf16 FLOP/s, by a part of the device's name
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}
+
+
+def flops_per_token(model, seq_len: int) -> float:
+    """Training FLOPs: 6 per matrix weight, and 12 per channel, block and key that a query sees (mean)."""
+    weights = sum(p.numel() for p in matrix_parameters(model)) + model.head.weight.numel()
+    keys = sum(window * (seq_len - (window - 1) / 2) / seq_len for window in model.windows)
+    return 6 * weights + 12 * model.head.in_features * keys
+
+
+def mfu_percent(flops_per_s: float, device) -> float:
+    """Share of the GPU's peak in percent; 0 where the peak is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((PEAK_FLOPS[part] for part in PEAK_FLOPS if part in name), math.inf)
+    return 100 * flops_per_s / peak
+
+
+def describe(model, data, tokens_per_step: int, compiled: bool):
+    """Prints what is about to be trained."""
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{data.preset}: {len(model.blocks)} blocks x {model.head.in_features} channels, windows {model.windows}, "
+          f"{parameters / 1e6:.1f} M parameters, {tokens_per_step} tokens per step, on {data.device}", flush=True)
+    if not compiled:
+        print("torch.compile does not work here (no C++ compiler?): running uncompiled", flush=True)
+
+
+def main():
+    data = prepare.load()
+    size = sizes()
+    model = build_model(data.vocab_size, data.seq_len).to(data.device)
+    compiled = can_compile(data.device.type)
+    trainer = Trainer(model, size, compiled)
+    tokens_per_step = trainer.micro_batches * trainer.rows * data.seq_len
+    describe(model, data, tokens_per_step, compiled)
+    trainer.warm_up(data.dummy_batch(trainer.rows))
+    gc.freeze()
+    gc.disable()  # a collection would stall the loop
+    data.start(model)
+    steps = train(data, trainer, tokens_per_step)
+    tokens = steps * tokens_per_step
+    mfu = mfu_percent(flops_per_token(model, data.seq_len) * tokens / data.elapsed(), data.device)
+    prepare.finish(model, steps=steps, tokens=tokens, depth=len(model.blocks), mfu_percent=mfu)
+
+
+if __name__ == "__main__":
+    main()
