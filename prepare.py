@@ -90,9 +90,8 @@ def stop(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-# ---------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Files of the cache
-# ---------------------------------------------------------------------------
 
 
 def cache_root() -> Path:
@@ -115,9 +114,10 @@ def read_json(path: Path) -> dict:
 
 
 def current() -> tuple[Path, dict]:
-    """Folder and meta.json of the data set prepared last. Exit 2 if there is none."""
+    """Folder and meta.json of the session's data set, by hand of the one prepared last. Exit 2 if there is none."""
     with contextlib.suppress(OSError):
-        folder = cache_root() / (cache_root() / "current").read_text(encoding="utf-8").strip()
+        name = os.environ.get("AUTORESEARCH_DATA") or (cache_root() / "current").read_text(encoding="utf-8").strip()
+        folder = cache_root() / name
         meta = read_json(folder / "meta.json")
         if meta.get("format") == FORMAT:
             return folder, meta
@@ -137,9 +137,8 @@ def sha256(path: Path) -> str:
     return hasher.hexdigest()
 
 
-# ---------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Texts
-# ---------------------------------------------------------------------------
 
 
 class Corpus(NamedTuple):
@@ -206,7 +205,7 @@ def read_texts(files: list[Path]) -> Iterator[str]:
 
 
 def pieces(file: Path, size: int) -> Iterator[str]:
-    """A text file in pieces of `size` characters at most and at least half of that, cut at blank lines or line ends."""
+    """A text file in pieces of about `size` characters, cut at blank lines where there are any, else at line ends."""
     with open(file, encoding="utf-8", errors="replace", newline="") as stream:
         lines, chars = [], 0
         while line := stream.readline(size):
@@ -223,58 +222,56 @@ def pieces(file: Path, size: int) -> Iterator[str]:
 def jsonl_texts(file: Path) -> Iterator[str]:
     with open(file, encoding="utf-8", errors="replace") as stream:
         for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
             try:
-                text = json.loads(line)["text"]
+                text = json.loads(line)["text"] or ""
                 yield text.encode("utf-8", "replace").decode()  # a lone surrogate is no text
             except (ValueError, TypeError, KeyError, AttributeError):
                 stop(f'{file}, line {number}: not a JSON object with a "text" string.')
 
 
 def parquet_batches(file: Path) -> Iterator[list[str]]:
-    """The "text" column in order, PACK_REFILL documents at a time, fewer at the end of a row group."""
+    """The "text" column in order, PACK_REFILL documents at a time, fewer at the end of a row group. Exit 2 without."""
     import pyarrow.parquet
     try:
-        parquet = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid:
-        stop(f"{file} is not a parquet file.")
-    with parquet:
-        if "text" not in parquet.schema_arrow.names:
-            stop(f'{file} has no column "text"; its columns are {", ".join(parquet.schema_arrow.names)}.')
-        for group in range(parquet.num_row_groups):
-            for batch in parquet.iter_batches(PACK_REFILL, [group], ["text"]):
-                yield [text or "" for text in batch.column(0).to_pylist()]
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            columns = {column.name: str(column.type) for column in parquet.schema_arrow}
+            if columns.get("text") not in ("string", "large_string"):
+                names = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+                stop(f'{file} has no column "text" of strings; its columns are {names}.')
+            for group in range(parquet.num_row_groups):
+                for batch in parquet.iter_batches(PACK_REFILL, [group], ["text"]):
+                    yield [text or "" for text in batch.column(0).to_pylist()]
+    except (pyarrow.ArrowException, OSError) as error:
+        stop(f"{file} cannot be read as parquet: {str(error).splitlines()[0]}")
 
 
-# ---------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Downloads
-# ---------------------------------------------------------------------------
 
 
-def download(url: str, path: Path) -> str | None:
-    """Gets a parquet file unless it is there, going on where an earlier attempt stopped.
-
-    Returns what went wrong, in one line, or None.
-    """
+def download(url: str, path: Path) -> None:
+    """Gets a file unless it is there, going on where an earlier attempt stopped. Raises RequestException, one line."""
     import requests
-    if path.exists():
-        return None
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    for pause_s in RETRY_PAUSES_S:
+    part, reason = path.with_suffix(".part"), ""
+    for pause_s in () if path.exists() else RETRY_PAUSES_S:
         try:
             fetch(url, part)
-            os.replace(part, path)
-            return None
+            return os.replace(part, path)
         except requests.RequestException as error:
             reason, status = error, getattr(error.response, "status_code", 500)
         if 400 <= status < 500 and status not in (408, 416, 429):
-            return f"{url} cannot be downloaded: HTTP {status}."
+            raise requests.RequestException(f"{url} cannot be downloaded: HTTP {status}.")
         time.sleep(pause_s)
-    return f"{url} cannot be downloaded ({reason}); the same command goes on where this one stopped."
+    if reason:
+        raise requests.RequestException(
+            f"{url} cannot be downloaded ({reason}); the same command goes on where this one stopped.")
 
 
 def fetch(url: str, part: Path) -> None:
-    """Appends to `part` what it lacks. Raises RequestException; what cannot become the file is deleted."""
+    """Appends to `part` what it lacks. Raises RequestException; what has another hash than promised is deleted."""
     import requests
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
@@ -286,24 +283,35 @@ def fetch(url: str, part: Path) -> None:
             for block in response.iter_content(1 << 16):
                 file.write(block)
         tags = [answer.headers.get("X-Linked-ETag", "").strip('"') for answer in [*response.history, response]]
-    if not whole(part, next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), None)):
+    promised = next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), None)
+    if not (sha256(part) == promised if promised else parquet_is_whole(part)):
         part.unlink()
         raise requests.RequestException("what came is not the file that the server promised")
 
 
-def whole(path: Path, expected_sha256: str | None) -> bool:
-    """Whether the file has that hash or, without one, a parquet footer that can be read."""
-    if expected_sha256:
-        return sha256(path) == expected_sha256
+def parquet_is_whole(path: Path) -> bool:
+    """Whether a parquet file has a footer that can be read: for a server that promises no hash."""
     import pyarrow.parquet
-    with contextlib.suppress(pyarrow.ArrowInvalid):
+    with contextlib.suppress(pyarrow.ArrowException, OSError):
         return pyarrow.parquet.read_metadata(path).num_rows > 0
     return False
 
 
-# ---------------------------------------------------------------------------
+def download_all(urls: dict[Path, str]) -> None:
+    """Gets every file, four at a time. Exit 2 at the first that cannot be had."""
+    import requests
+    with ThreadPoolExecutor(4) as pool:
+        done = pool.map(download, urls.values(), urls)
+        try:
+            for _ in shown(done, "download", len(urls)):
+                pass
+        except requests.RequestException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop(str(error))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Tokenizer
-# ---------------------------------------------------------------------------
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
@@ -370,14 +378,13 @@ def encoded(encoding, batches: Iterable[list[str]]) -> Iterator[list[np.ndarray]
             yield list(pool.map(partial(encode, encoding), batch))
 
 
-def in_batches(texts: Iterable[str], size: int = 1024) -> Iterator[list[str]]:
+def in_batches(texts: Iterable[str], size: int = 128) -> Iterator[list[str]]:
     texts = iter(texts)
     return iter(lambda: list(islice(texts, size)), [])
 
 
-# ---------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Splits and rows
-# ---------------------------------------------------------------------------
 
 
 def digest(text: str) -> int:
@@ -455,9 +462,8 @@ def make_rows(encoding, corpus: Corpus, preset_name: str, texts: dict[str, list[
     return rows
 
 
-# ---------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Preparation
-# ---------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -491,15 +497,14 @@ def write_stream(folder: Path, encoding, texts: Iterable[str]) -> tuple[int, int
 def build(folder: Path, corpus: Corpus, preset_name: str) -> None:
     """Writes every file of the data set into the folder."""
     if corpus.urls:
-        with stage("download"), ThreadPoolExecutor(4) as pool:
-            faults = list(shown(pool.map(download, corpus.urls.values(), corpus.urls), "download", len(corpus.urls)))
-        if any(faults):
-            stop(next(filter(None, faults)))
+        with stage("download"):
+            download_all(corpus.urls)
     with stage("hold out val and test"):
         texts, held = hold_out(corpus, PRESETS[preset_name])
     train = partial(without, held, corpus.texts)
     with stage("train the tokenizer"):
-        encoding = train_tokenizer(shown(train(), "tokenizer"), PRESETS[preset_name].vocab_size)
+        texts_all = corpus.texts if scored_as_original(corpus.name, preset_name) else train
+        encoding = train_tokenizer(shown(texts_all(), "tokenizer"), PRESETS[preset_name].vocab_size)
         save_tokenizer(encoding, folder)
     with stage("pack val and test"):
         rows = make_rows(encoding, corpus, preset_name, texts)
@@ -548,7 +553,7 @@ def prepare(dataset: str | None, preset_name: str, num_shards: int) -> None:
         if (meta.get("format"), meta.get("signature")) != (FORMAT, corpus.signature):
             build_whole(folder, corpus, preset_name)
         write_text(cache_root() / "current", folder.name)
-    meta = current()[1]
+        meta = read_json(folder / "meta.json")
     print(f"Ready: {meta['train_tokens'] / 1e6:.1f} M training tokens, vocabulary {meta['vocab_size']}, "
           f"{meta['rows']['val']} val and {meta['rows']['test']} test rows of {meta['seq_len']}.\n"
           "Next: `python train.py` makes one run, `python agent.py` a session.")
@@ -556,25 +561,21 @@ def prepare(dataset: str | None, preset_name: str, num_shards: int) -> None:
 
 def detect_preset() -> str:
     """The preset for this machine's hardware. Exit 2 if there is a GPU that torch cannot use."""
-    if torch.cuda.is_available():
-        return "datacenter" if torch.cuda.get_device_properties(0).total_memory >= 40e9 else "consumer"
     if torch.backends.mps.is_available():
         return "mac"
     smi = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True) if shutil.which("nvidia-smi") else None
-    if Path("/dev/nvidia0").exists() or smi and "GPU 0" in smi.stdout:
-        reason = "it finds no device"
-        try:
-            torch.cuda.init()
-        except (AssertionError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-        stop(f"There is an NVIDIA GPU, but torch {torch.__version__} cannot use it: {reason}. "
+    if not (torch.cuda.is_available() or Path("/dev/nvidia0").exists() or smi and "GPU 0" in smi.stdout):
+        return "cpu"
+    try:
+        torch.ones(1, device="cuda").add_(1)  # a GPU may be seen that this torch has no kernels for
+    except (AssertionError, RuntimeError) as error:
+        stop(f"There is an NVIDIA GPU, but torch {torch.__version__} cannot use it: {str(error).splitlines()[0]}. "
              "Install a torch build for its driver, or say `--preset cpu`.")
-    return "cpu"
+    return "datacenter" if torch.cuda.get_device_properties(0).total_memory >= 40e9 else "consumer"
 
 
-# ---------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Probes: without what they ask for, a score means nothing
-# ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -633,9 +634,8 @@ def for_probing(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
             stream.set_rng_state(state)
 
 
-# ---------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # A run: what train.py uses
-# ---------------------------------------------------------------------------
 
 
 def device_of(preset_name: str) -> torch.device:
@@ -690,7 +690,7 @@ class Data:
             raise ValueError(f"gather: windows of {length} tokens start between 0 and {last}, "
                              f"not at {int(starts.min())} to {int(starts.max())}")
         offsets = torch.arange(length + 1, device=self.device)
-        windows = self._tokens[starts.to(self.device, non_blocking=True)[:, None] + offsets].long()
+        windows = self._tokens[starts.to(self.device)[:, None] + offsets].long()
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def elapsed(self) -> float:
@@ -736,7 +736,10 @@ def receive_files() -> list:
 def finish(model: torch.nn.Module, *, steps: int, tokens: int, **facts) -> None:
     """Writes checkpoint.pt and facts.json into the run's folder. By hand also scores, and exits as the scorer does."""
     training_seconds = _data.elapsed()
-    folder = Path.cwd() if under_agent() else by_hand_folder()
+    folder = Path.cwd() if under_agent() else Path(__file__).resolve().parent / "runs" / "by-hand"
+    if not under_agent():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(sys.modules["__main__"].__file__, folder / "train.py")
     state = {name.replace("_orig_mod.", ""): tensor.cpu() for name, tensor in model.state_dict().items()}
     torch.save(state, folder / "checkpoint.tmp")
     os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
@@ -748,15 +751,8 @@ def finish(model: torch.nn.Module, *, steps: int, tokens: int, **facts) -> None:
     }
     write_text(folder / "facts.json", json.dumps(facts))
     if not under_agent():
-        sys.exit(subprocess.run([sys.executable, __file__, "score", folder]).returncode)
-
-
-def by_hand_folder() -> Path:
-    """runs/by-hand, with the running script in it."""
-    folder = Path(__file__).resolve().parent / "runs" / "by-hand"
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(sys.modules["__main__"].__file__, folder / "train.py")
-    return folder
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, __file__, "score", str(folder)])  # gives the device's memory back
 
 
 def peak_memory_mb(device_type: str) -> float:
@@ -769,9 +765,8 @@ def peak_memory_mb(device_type: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-# ---------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Scoring
-# ---------------------------------------------------------------------------
 
 
 def load_model(run_dir: Path, meta: dict) -> torch.nn.Module:
@@ -792,9 +787,9 @@ def nats_per_row(model: torch.nn.Module, rows: torch.Tensor, vocab_size: int) ->
     """
     logits_at_once = 2**22 if rows.device.type == "cpu" else 2**28
     sums = []
-    for batch in rows.split(max(1, logits_at_once // (rows[0].numel() * vocab_size))):
+    for batch in rows.split(max(1, logits_at_once // ((rows.shape[1] - 1) * vocab_size))):
         x, y = batch[:, :-1].long(), batch[:, 1:].long()
-        logits = model(x).float().view(-1, vocab_size)
+        logits = model(x).float().flatten(0, 1)
         nats = cross_entropy(logits, y.reshape(-1), reduction="none").view(y.shape)
         sums.append((nats * (y < vocab_size - len(SPECIAL_TOKENS))).sum(dim=1))
     return torch.cat(sums).cpu().numpy().astype(np.float64)
@@ -853,9 +848,8 @@ def print_summary(result: dict, facts: dict, meta: dict) -> None:
     print("---", *(f"{name + ':':<17} {value}" for name, value in lines.items()), sep="\n")
 
 
-# ---------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
@@ -879,10 +873,12 @@ def main() -> None:
             return score(args.run_dir.resolve(), args.split)
         os.environ["AUTORESEARCH_CACHE"] = args.cache or str(cache_root())
         prepare(args.dataset, args.preset, args.num_shards)
+    except KeyboardInterrupt:
+        stop("Interrupted; the same command goes on.", 130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        stop(f"No room left in {cache_root()}: {error.strerror}.")
+        stop(f"No room left for {error.filename or cache_root()}: {error.strerror}.")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 # ---------------------------------------------------------------------------
-# Hyperparameters: NAME = literal  # what, unit [low, high]. Every value within its bounds runs.
+# Hyperparameters: NAME = literal  # what, unit [low, high]. Every value within its bounds runs, memory permitting.
 # ---------------------------------------------------------------------------
 
 SIZES = {  # the row of the active preset is used
@@ -29,7 +29,7 @@ SIZES = {  # the row of the active preset is used
     # WINDOW: tokens that a short-window block sees, itself included; seq_len or more means all [16, 2048]
     # VALUE_EVERY: the last block and every n-th before it has a value embedding, blocks [1, 24]
     # BATCH_ROWS: rows of seq_len tokens per optimizer step [1, 512]
-    # MICRO_ROWS: rows that are in memory at once, at most; lower it when memory runs out [1, 128]
+    # MICRO_ROWS: rows that are in memory at once, at most; no result depends on it, lower it when memory runs out
     # MATRIX_LR: Muon's rate for the matrices of the blocks [0.002, 0.2]
     "datacenter": dict(DEPTH=8, HEADS=6, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, BATCH_ROWS=64, MICRO_ROWS=32,
                        MATRIX_LR=0.04),
@@ -456,7 +456,7 @@ class Trainer:
 
 def shuffled_starts(num_tokens: int, length: int, rows: int, device):
     """Yields (rows,) starts of windows of `length` tokens and their successors, forever. An epoch cuts the whole stream
-    into windows that follow each other, from a random first offset, and shuffles them: no token is left out."""
+    into windows that follow each other, from a random first offset, and shuffles them."""
     queue = torch.empty(0, dtype=torch.int64, device=device)
     while True:
         while len(queue) < rows:

@@ -1,4 +1,4 @@
-"""What the tests of the loop share: a temporary checkout with a torch-free train.py, and a scripted model behind HTTP."""
+"""What the tests of the loop share: a temporary checkout with a torch-free train.py, a scripted model behind HTTP."""
 
 import json
 import os
@@ -27,8 +27,17 @@ class Checkout:
         return subprocess.run(["git", *args], cwd=self.root, check=True, capture_output=True, text=True).stdout.strip()
 
     def config(self, **more):
-        return agent.Config(**{"root": self.root, "cache": self.cache, "budget_s": 0.1, "proposer": "search",
-                               "outage_s": 1.0, "startup_s": 5.0, **more})
+        return agent.Config(
+            **{
+                "root": self.root,
+                "cache": self.cache,
+                "budget_s": 0.1,
+                "proposer": "search",
+                "outage_s": 1.0,
+                "startup_s": 5.0,
+                **more,
+            }
+        )
 
     def session(self, **more):
         return agent.session(self.config(**more))
@@ -42,8 +51,9 @@ class Checkout:
 
     def run(self, *args, **env):
         """agent.py as a process, its output in a pipe."""
-        return subprocess.run(self.command(*args), cwd=self.root, env=self.env(**env), capture_output=True, text=True,
-                              timeout=60)
+        return subprocess.run(
+            self.command(*args), cwd=self.root, env=self.env(**env), capture_output=True, text=True, timeout=60
+        )
 
     def record(self):
         return agent.read_record(self.config())
@@ -99,6 +109,8 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
+                if outer.models is None:
+                    return self.answer(200, "<html>welcome</html>")
                 self.answer(200, {"object": "list", "data": [{"id": m, "object": "model"} for m in outer.models]})
 
             def do_POST(self):
@@ -129,9 +141,14 @@ class Server:
 
 
 def completion(text, tokens=100):
-    return {"id": "x", "object": "chat.completion", "created": 0, "model": "tiny",
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-            "usage": {"prompt_tokens": tokens - 10, "completion_tokens": 10, "total_tokens": tokens}}
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "tiny",
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+        "usage": {"prompt_tokens": tokens - 10, "completion_tokens": 10, "total_tokens": tokens},
+    }
 
 
 @pytest.fixture

@@ -18,10 +18,26 @@ def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     texts = folder / "texts"
     texts.mkdir()
-    for path in [*sorted(Path(json.__file__).parent.parent.glob("[a-f]*.py"))[:60], ROOT / "agent.py", ROOT / "prepare.py"]:
+    for path in [
+        *sorted(Path(json.__file__).parent.parent.glob("[c-d]*.py")),
+        ROOT / "agent.py",
+        ROOT / "prepare.py",
+    ]:
         shutil.copy(path, texts)
-    subprocess.run([sys.executable, str(ROOT / "prepare.py"), "--dataset", str(texts), "--preset", "cpu",
-                    "--cache", str(folder / "cache")], check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "prepare.py"),
+            "--dataset",
+            str(texts),
+            "--preset",
+            "cpu",
+            "--cache",
+            str(folder / "cache"),
+        ],
+        check=True,
+        capture_output=True,
+    )
     return folder / "cache"
 
 
@@ -40,8 +56,14 @@ def real(tmp_path, cache):
 def score_again(real, folder):
     """val_bpb of a folder by the command line."""
     shutil.copytree(folder, real.root / "again")
-    done = subprocess.run([sys.executable, "prepare.py", "score", "again"], cwd=real.root, env=real.env(), check=True,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "prepare.py", "score", "again"],
+        cwd=real.root,
+        env=real.env(),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert "val_bpb:" in done.stdout
     return json.loads((real.root / "again" / "score.json").read_text())["val_bpb"]
 
@@ -56,8 +78,17 @@ def test_search_on_real_training(real):
     runs = real.root / "runs" / base.tag
     summary = (runs / "0001" / "score.log").read_text()
     assert [line.split(":")[0] for line in summary.splitlines()[:10]] == [
-        "---", "val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps",
-        "num_params_M", "depth"]
+        "---",
+        "val_bpb",
+        "training_seconds",
+        "total_seconds",
+        "peak_vram_mb",
+        "mfu_percent",
+        "total_tokens_M",
+        "num_steps",
+        "num_params_M",
+        "depth",
+    ]
     assert f"{base.val_bpb:.6f}" in summary and not (runs / "0001" / "checkpoint.pt").exists()
     best = min((base, other), key=lambda r: r.val_bpb)
     assert score_again(real, runs / "best") == pytest.approx(best.val_bpb, abs=1e-6)
@@ -68,9 +99,12 @@ def test_a_model_edits_the_real_file(real, server):
     text = real.text()
     line = next(line for line in text.splitlines() if "data.start(model)" in line)
     block = f"<<<<<<< SEARCH\n{line}\n=======\n    print('hello from the edit')\n{line}\n>>>>>>> REPLACE"
-    leak = ("<<<<<<< SEARCH\n    return GPT(vocab_size, seq_len, sizes())\n=======\n    class Leak(GPT):\n"
-            "        def forward(self, idx):\n            return super().forward(idx) + F.one_hot(idx.roll(-1, 1), vocab_size) * 20.0\n"
-            "    return Leak(vocab_size, seq_len, sizes())\n>>>>>>> REPLACE")
+    leak = (
+        "<<<<<<< SEARCH\n    return GPT(vocab_size, seq_len, sizes())\n=======\n    class Leak(GPT):\n"
+        "        def forward(self, idx):\n"
+        "            return super().forward(idx) + 20.0 * F.one_hot(idx.roll(-1, 1), vocab_size)\n"
+        "    return Leak(vocab_size, seq_len, sizes())\n>>>>>>> REPLACE"
+    )
     server.script += [reply(f"SET DEPTH = 1\n{block}", description="one block"), reply(leak, description="peek")]
     done = real.run("--experiments", "3", "--time-budget", "2", PATH=real.path, OPENAI_BASE_URL=server.url)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -81,8 +115,13 @@ def test_a_model_edits_the_real_file(real, server):
 
 
 def test_by_hand(real):
-    done = subprocess.run([sys.executable, "train.py"], cwd=real.root, capture_output=True, text=True,
-                          env=real.env(AUTORESEARCH_TIME_BUDGET="2", PATH=real.path))
+    done = subprocess.run(
+        [sys.executable, "train.py"],
+        cwd=real.root,
+        capture_output=True,
+        text=True,
+        env=real.env(AUTORESEARCH_TIME_BUDGET="2", PATH=real.path),
+    )
     assert done.returncode == 0, done.stderr
     assert agent.STEP.search(done.stdout) and "val_bpb:" in done.stdout
     assert real.git("status", "--porcelain") == ""

@@ -189,11 +189,46 @@ def test_datacenter_rows_of_climbmix_are_packed_from_the_held_out_shard(cache, s
     rows = np.concatenate([np.fromfile(folder / f"{split}.bin", np.uint16) for split in prepare.SPLITS])
     rows = rows.reshape(-1, 129)
     assert meta["rows"] == {"val": 40, "test": 40} and (rows[:, 0] == meta["vocab_size"] - 4).all()
-    held = {prepare.encode(encoding, text).tobytes() for text in shards.texts["shard_06542.parquet"]}
-    for row in rows:
-        parts = np.split(row, np.flatnonzero(row == row[0]))[1:]
-        assert all(part.tobytes() in held for part in parts[:-1])
-        assert any(document.startswith(parts[-1].tobytes()) for document in held)
+    held = [prepare.encode(encoding, text).tolist() for text in shards.texts["shard_06542.parquet"]]
+    assert rows.tolist() == packed_plainly(held, 129, 300)[:80]
+
+
+def packed_plainly(documents, capacity, row_group_size):
+    """The original's rows by the words of its description, in lists."""
+    groups = [documents[i : i + row_group_size] for i in range(0, len(documents), row_group_size)]
+    refills = [group[i : i + 128] for group in groups for i in range(0, len(group), 128)]
+    buffer, rows, row = [], [], []
+    while buffer or refills:
+        while len(buffer) < 1000 and refills:
+            buffer += refills.pop(0)
+        fitting = [document for document in buffer if len(document) <= capacity - len(row)]
+        chosen = max(fitting, key=len) if fitting else min(buffer, key=len)
+        buffer.remove(chosen)
+        row += chosen[: capacity - len(row)]
+        if len(row) == capacity:
+            rows.append(row)
+            row = []
+    return rows
+
+
+def test_the_factor_to_the_originals_byte_count(cache, shards, monkeypatch, capsys):
+    monkeypatch.setitem(prepare.PRESETS, "datacenter", prepare.Preset("cuda", "climbmix", 300, 128, 128 * 40))
+    prepare.prepare(None, "datacenter", 2)
+    folder, meta = current(cache)
+    targets = np.fromfile(folder / "val.bin", np.uint16).reshape(-1, 129)[:, 1:].ravel().tolist()
+    encoding = prepare.load_tokenizer(folder)
+    pieces = [encoding.decode_single_token_bytes(t) for t in targets if t < meta["vocab_size"] - 4]
+    original = sum(len(piece.decode("utf-8", "replace").encode()) for piece in pieces)
+    capsys.readouterr()
+    prepare.print_summary({"split": "val", "val_bpb": 1.0, "seconds": 0.0}, {}, meta)
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed == f"original_factor:  {sum(map(len, pieces)) / original:.6f}" and original > sum(map(len, pieces))
+
+
+def test_the_tokenizer_sees_the_beginning_of_each_text_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(prepare, "TOKENIZER_DOC_CHARS", 5)
+    monkeypatch.setattr(prepare, "TOKENIZER_CHARS", 12)
+    assert list(prepare.first_chars(["abcdefgh", "ij", "klmnopqr", "never"])) == ["abcde", "ij", "klmno"]
 
 
 # ---------------------------------------------------------------------------
@@ -319,6 +354,21 @@ def test_killed_preparation_is_done_again(tmp_path, cache, texts_folder, reached
     assert not list(cache.glob("*.partial")) and (current(cache)[0] / reached).exists()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "meta.json", "-cpu", "current"])
+def test_killed_at_a_rename_it_is_done_again(cache, texts_folder, name):
+    code = f"""if True:
+        import os, signal, prepare
+        rename = os.replace
+        os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if str(b).endswith({name!r}) else rename(a, b)
+        prepare.main()"""
+    command = [sys.executable, "-c", code, "--dataset", str(texts_folder), "--preset", "cpu"]
+    env = {**os.environ, "AUTORESEARCH_CACHE": str(cache), "PYTHONPATH": str(PREPARE.parent)}
+    assert subprocess.run(command, env=env, capture_output=True).returncode == -signal.SIGKILL
+    assert not (cache / "current").exists()
+    prepare.prepare(str(texts_folder), "cpu", 10)
+    assert not list(cache.glob("*.partial")) and split_texts(current(cache)[0])["train"]
+
+
 def test_two_at_once_build_once(cache, texts_folder):
     both = [start(cache, "--dataset", str(texts_folder)) for _ in range(2)]
     outputs = [process.communicate()[0] for process in both]
@@ -331,7 +381,7 @@ def test_no_room_left_is_one_line_and_leaves_nothing(cache, texts_folder):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     process = start(cache, "--dataset", str(texts_folder), preexec_fn=limit)
     _, errors = process.communicate()
-    assert process.returncode == 2 and errors.startswith("No room left in ") and errors.count("\n") == 1
+    assert process.returncode == 2 and errors.startswith("No room left for ") and errors.count("\n") == 1
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
@@ -362,14 +412,21 @@ def bad_inputs(folder: Path) -> dict[str, tuple[str, str]]:
     (folder / "list.jsonl").write_text('{"text": "fine"}\n["text"]\n')
     (folder / "body.jsonl").write_text('{"body": "fine"}\n')
     write_parquet(folder / "body.parquet", documents(3), column="body")
+    write_parquet(folder / "numbers.parquet", [1, 2, 3])
+    damaged = bytearray(write_parquet(folder / "damaged.parquet", documents(300)).read_bytes())
+    damaged[100:2000] = bytes(1900)
+    (folder / "damaged.parquet").write_bytes(damaged)
     return {"missing": ("no such folder", "does not exist"), "folder": ("empty", "No text in"),
             "binary": ("image.txt", "is binary"), "short": ("short.txt", "Too little text"),
             "blank": ("blank.txt", "Too little text"), "kind": ("notes.docx", "No text in"),
-            "fake": ("fake.parquet", "not a parquet file"), "line": ("list.jsonl", "line 2"),
+            "fake": ("fake.parquet", "cannot be read as parquet"),
+            "damaged": ("damaged.parquet", "cannot be read as parquet"),
+            "numbers": ("numbers.parquet", "text (int64)"), "line": ("list.jsonl", "line 2"),
             "field": ("body.jsonl", '"text" string'), "column": ("body.parquet", "its columns are body")}
 
 
-@pytest.mark.parametrize("name", "missing folder binary short blank kind fake line field column".split())
+@pytest.mark.parametrize(
+    "name", "missing folder binary short blank kind fake damaged numbers line field column".split())
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, cache, capsys, name):
     path, words = bad_inputs(tmp_path / "bad")[name]
     with pytest.raises(SystemExit) as stopped:
@@ -390,10 +447,9 @@ def test_a_gpu_that_torch_cannot_use_is_never_a_silent_cpu(tmp_path, monkeypatch
     assert stopped.value.code == 2 and "--preset cpu" in capsys.readouterr().err
 
 
-def test_builtin_is_ready_in_twenty_seconds(cache):
-    began = time.monotonic()
+def test_builtin(cache):
     output, errors = start(cache).communicate()
-    assert "Ready" in output and time.monotonic() - began < 20, errors
+    assert "Ready" in output, errors
     meta = current(cache)[1]
     assert (meta["dataset"], meta["vocab_size"], meta["seq_len"]) == ("builtin", 2048, 256)
     assert meta["rows"] == {"val": 384, "test": 384} and meta["train_tokens"] > 10**6

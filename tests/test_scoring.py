@@ -171,11 +171,23 @@ def test_a_score_that_means_nothing_is_invalid(tmp_path, capsys, forward, words)
 
 def test_a_nan_on_a_row_that_no_probe_saw_is_invalid(tmp_path, capsys):
     folder, meta = prepare.current()
-    rows = np.fromfile(folder / "val.bin", np.uint16).reshape(-1, meta["seq_len"] + 1)
-    run_dir = make_run(tmp_path / "run", f"logits + torch.where(idx[:, 1:2, None] == {rows[0, 1]}, torch.nan, 0.0)")
+    rows = np.fromfile(folder / "val.bin", np.uint16).reshape(-1, meta["seq_len"] + 1).astype(int)
+    key = rows[:, 1] * 4096 + rows[:, 2]
+    rare = next(k for k in key[::-1] if (key == k).sum() == 1)  # the probe takes one row in a hundred
+    run_dir = make_run(tmp_path / "run", "logits + torch.where((idx[:, 1] * 4096 + idx[:, 2] == "
+                       f"{rare})[:, None, None], torch.nan, 0.0)")
     with pytest.raises(SystemExit) as stopped:
         prepare.score(run_dir, "val")
-    assert stopped.value.code == 3 and "invalid" in read(run_dir / "score.json")
+    assert stopped.value.code == 3 and read(run_dir / "score.json")["invalid"].startswith("not ")
+
+
+def test_logits_in_another_memory_order_are_scored(tmp_path):
+    plain, strange = make_run(tmp_path / "a", "logits"), make_run(
+        tmp_path / "b", "logits.transpose(0, 1).contiguous().transpose(0, 1)")
+    shutil.copy(plain / "checkpoint.pt", strange)
+    for run_dir in (plain, strange):
+        prepare.score(run_dir, "val")
+    assert read(plain / "score.json")["val_bpb"] == pytest.approx(read(strange / "score.json")["val_bpb"], abs=1e-9)
 
 
 def test_a_failing_model_is_a_traceback_and_leaves_no_older_score(tmp_path):
@@ -315,10 +327,15 @@ def test_a_run_under_the_agent_gets_its_tokens_over_the_socket(tmp_path):
 def test_a_run_whose_agent_is_gone_ends(tmp_path):
     run_dir = make_run(tmp_path / "run")
     agent, run = socket.socketpair()
-    agent.close()
     env = {**os.environ, "PYTHONPATH": str(PREPARE.parent), "AUTORESEARCH_HANDOVER_FD": str(run.fileno())}
-    assert subprocess.run([sys.executable, "train.py"], cwd=run_dir, env=env, pass_fds=[run.fileno()],
-                          capture_output=True).returncode != 0
+    process = subprocess.Popen([sys.executable, "train.py"], cwd=run_dir, env=env, pass_fds=[run.fileno()],
+                               stderr=subprocess.PIPE, text=True)
+    assert agent.recv(64) == b"start\n"
+    agent.shutdown(socket.SHUT_RDWR)
+    agent.close()
+    run.close()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2 and "ended before it handed over" in errors
 
 
 def test_by_hand_a_run_scores_itself(tmp_path):

@@ -1,4 +1,4 @@
-"""The loop's own seconds per experiment, without model, training, scoring and drawing: python tests/benchmarks/bench_loop.py
+"""The loop's own seconds an experiment, without model, training and drawing: python tests/benchmarks/bench_loop.py
 
 A real session on a temporary repository, with a scripted model behind HTTP and a torch-free train.py; its record is
 filled up with copies of its own rows, then the session goes on. Goal: at most 0.5 s, the same at the 1st and 500th row.
@@ -35,6 +35,7 @@ def timed(own: list[float]):
                 return function(*args, **kwargs)
             finally:
                 count(time.perf_counter() - start, before)
+
         return wrapped
 
     def outside(seconds, before):
@@ -42,6 +43,7 @@ def timed(own: list[float]):
 
     def inside(seconds, before):
         own.append(seconds - (spent["outside"] - before))
+
     for name in OUTSIDE:
         setattr(agent, name, wrap(getattr(agent, name), outside))
     for name in ("candidate", "experiment"):

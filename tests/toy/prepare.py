@@ -12,8 +12,14 @@ CACHE = Path(os.environ.get("AUTORESEARCH_CACHE", "/nowhere"))
 HERE = Path(__file__).resolve().parent
 
 
+def meta():
+    return json.loads(
+        (CACHE / (os.environ.get("AUTORESEARCH_DATA") or (CACHE / "current").read_text()) / "meta.json").read_text()
+    )
+
+
 def active_preset():
-    return json.loads((CACHE / (CACHE / "current").read_text() / "meta.json").read_text())["preset"]
+    return meta()["preset"]
 
 
 class Data:
@@ -59,17 +65,18 @@ def score(folder):
     if "flaky" in model and not (folder / "flaky").exists():
         (folder / "flaky").touch()
         raise RuntimeError("the scorer stumbled")
-    (folder / "score.json").write_text(json.dumps({"val_bpb": bpb(model) if model.get("bpb") is None else model["bpb"]}))
+    value = bpb(model) if model.get("bpb") is None else model["bpb"]
+    (folder / "score.json").write_text(json.dumps({"val_bpb": value, "fingerprint": meta()["fingerprint"]}))
 
 
 def make():
-    folder = CACHE / "toy"
+    folder = CACHE / os.environ.get("TOY_NAME", "toy")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.bin").write_bytes(b"the train tokens")
     (folder / "train_docs.npy").write_bytes(b"docs")
     meta = {"format": 1, "dataset": "toy", "preset": "cpu", "fingerprint": os.environ.get("TOY_FINGERPRINT", "f00d")}
     (folder / "meta.json").write_text(json.dumps(meta))
-    (CACHE / "current").write_text("toy")
+    (CACHE / "current").write_text(folder.name)
 
 
 if __name__ == "__main__":
