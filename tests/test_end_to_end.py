@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, commit_all, make_checkout, reply
 
-import agent
-
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
@@ -112,16 +110,3 @@ def test_a_model_edits_the_real_file(real, server):
     log = (real.root / "runs" / base.tag / "0002" / "run.log").read_text()
     assert small.status in ("keep", "discard") and "hello from the edit" in log and "1 blocks" in log
     assert peek.status == "invalid" and "looks ahead" in peek.reason and peek.train_s is None
-
-
-def test_by_hand(real):
-    done = subprocess.run(
-        [sys.executable, "train.py"],
-        cwd=real.root,
-        capture_output=True,
-        text=True,
-        env=real.env(AUTORESEARCH_TIME_BUDGET="2", PATH=real.path),
-    )
-    assert done.returncode == 0, done.stderr
-    assert agent.STEP.search(done.stdout) and "val_bpb:" in done.stdout
-    assert real.git("status", "--porcelain") == ""

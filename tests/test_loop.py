@@ -326,9 +326,9 @@ def test_a_changed_brief_is_in_the_next_request_and_in_the_commit(checkout, serv
 
 
 def test_search_improves_the_toy_and_never_repeats(checkout):
-    checkout.session(experiments=15)
+    checkout.session(experiments=12)
     record = checkout.record()
-    assert len({r.text_key for r in record}) == 15
+    assert len({r.text_key for r in record}) == 12
     best = min(record, key=lambda r: r.val_bpb)
     assert best.val_bpb < record[0].val_bpb - 0.02 and checkout.git("rev-parse", "HEAD") == best.commit
     assert {r.proposer for r in record[1:]} == {"search"}
@@ -548,11 +548,10 @@ def test_resume_goes_on_from_the_best_at_the_next_id(checkout, server):
     "last",
     [
         scored(1.05, "\nSET RATE = 2.0"),
-        rewrite("    step = 0", "    step = 0; import time; time.sleep(6)"),
         rewrite("    step = 0", "    raise TypeError('no')"),
         rewrite("    step = 0", "    import os; prepare.finish and os._exit(0)"),
     ],
-    ids=["tie", "late", "crash", "no checkpoint"],
+    ids=["tie", "crash", "no checkpoint"],
 )
 def test_resume_after_every_verdict(checkout, server, last):
     dead = ["no repair"] * 4

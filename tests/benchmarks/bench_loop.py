@@ -57,7 +57,7 @@ def fill(checkout, upto: int) -> None:
     model = next(r for r in reversed(record) if r.status == "discard")
     for number in range(len(record) + 1, upto + 1):
         row = replace(model, id=f"{number:04d}", text_key=f"{number:016x}")
-        row = agent.write_ref(config, row, checkout.root / "train.py", "brief")
+        row = agent.write_ref(config, row, agent.write_tree(config, row.parent, checkout.text(), "brief"))
         agent.append_row(config, row)
 
 
