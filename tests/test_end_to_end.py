@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, commit_all, make_checkout, reply
 
+import agent
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
@@ -66,34 +68,23 @@ def score_again(real, folder):
     return json.loads((real.root / "again" / "score.json").read_text())["val_bpb"]
 
 
-def test_search_on_real_training(real):
-    done = real.run("--proposer", "search", "--experiments", "2", "--time-budget", "3", PATH=real.path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    base, other = real.record()
-    assert base.status == "keep" and other.status in ("keep", "discard") and 1 < base.val_bpb < 8
-    assert base.steps > 0 and base.tokens_M > 0 and base.memory_gb > 0.1 and 3 <= base.train_s < 8
-    assert base.preset == "cpu" and "%:" in base.curve
-    runs = real.root / "runs" / base.tag
-    summary = (runs / "0001" / "score.log").read_text()
-    assert [line.split(":")[0] for line in summary.splitlines()[:10]] == [
-        "---",
-        "val_bpb",
-        "training_seconds",
-        "total_seconds",
-        "peak_vram_mb",
-        "mfu_percent",
-        "total_tokens_M",
-        "num_steps",
-        "num_params_M",
-        "depth",
-    ]
-    assert f"{base.val_bpb:.6f}" in summary and not (runs / "0001" / "checkpoint.pt").exists()
-    best = min((base, other), key=lambda r: r.val_bpb)
-    assert score_again(real, runs / "best") == pytest.approx(best.val_bpb, abs=1e-6)
+SUMMARY = (
+    "--- val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth"
+)
 
 
-def test_a_model_edits_the_real_file(real, server):
-    """A SET of a size, a block of code, and a leak that the probe at the start finds."""
+@pytest.mark.parametrize("preset", ["cpu", "mac", "consumer", "datacenter"])
+def test_search_steps_apply_to_the_real_file(preset):
+    text = (ROOT / "train.py").read_text()
+    for i in range(6):
+        proposal, edited = agent.search_proposal(text, preset, str(i), {})
+        before, after = agent.knobs(text, preset), agent.knobs(edited, preset)
+        moved = {name for name in before if before[name].value != after[name].value}
+        assert moved == {edit.old for edit in proposal.edits} and all(before[name].low is not None for name in moved)
+
+
+def test_a_session_on_real_training(real, server):
+    """Baseline, a SET of a size with a block of code, and a leak that the probe at the start finds."""
     text = real.text()
     line = next(line for line in text.splitlines() if "data.start(model)" in line)
     block = f"<<<<<<< SEARCH\n{line}\n=======\n    print('hello from the edit')\n{line}\n>>>>>>> REPLACE"
@@ -107,6 +98,14 @@ def test_a_model_edits_the_real_file(real, server):
     done = real.run("--experiments", "3", "--time-budget", "2", PATH=real.path, OPENAI_BASE_URL=server.url)
     assert done.returncode == 0, done.stdout + done.stderr
     base, small, peek = real.record()
+    assert base.status == "keep" and base.preset == "cpu" and 1 < base.val_bpb < 8 and "%:" in base.curve
+    assert base.steps > 0 and base.tokens_M > 0 and base.memory_gb > 0.1 and 2 <= base.train_s < 7
+    runs = real.root / "runs" / base.tag
+    summary = (runs / "0001" / "score.log").read_text()
+    assert " ".join(line.split(":")[0] for line in summary.splitlines()[:10]) == SUMMARY
+    assert f"{base.val_bpb:.6f}" in summary and not (runs / "0001" / "checkpoint.pt").exists()
+    best = min((base, small), key=lambda r: r.val_bpb)
+    assert score_again(real, runs / "best") == pytest.approx(best.val_bpb, abs=1e-6)
     log = (real.root / "runs" / base.tag / "0002" / "run.log").read_text()
     assert small.status in ("keep", "discard") and "hello from the edit" in log and "1 blocks" in log
     assert peek.status == "invalid" and "looks ahead" in peek.reason and peek.train_s is None
