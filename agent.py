@@ -1031,7 +1031,7 @@ def tidy(s: Session, folder: Path, kept: bool) -> None:
     if kept:
         new, best = s.runs / "best.new", s.runs / "best"
         remove(new)
-        shutil.copytree(folder, new, copy_function=os.link, ignore=shutil.ignore_patterns("tmp", "*.log", "llm.md"))
+        shutil.copytree(folder, new, ignore=shutil.ignore_patterns("tmp", "*.log", "llm.md"))
         remove(best)
         new.rename(best)
     for name in ("checkpoint.pt", "compile", "tmp"):
