@@ -286,7 +286,7 @@ def text_key(text: str) -> str:
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            node.body[0] = ast.Pass()
+            node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
@@ -705,7 +705,7 @@ def write_tree(config: Config, parent: str, train_py: str, program: str) -> str:
 def write_ref(config: Config, result: Result, tree: str) -> Result:
     """Make a result a commit under its ref, which must be new: the commit point of an experiment."""
     commit = git(config, "commit-tree", tree, "-p", result.parent, "-m", message(result))
-    git(config, "update-ref", f"refs/autoresearch/{result.tag}/{result.id}", commit, "0" * 40)
+    git(config, "update-ref", f"refs/autoresearch/{result.tag}/{result.id}", commit, "")
     return replace(result, commit=commit)
 
 
@@ -728,15 +728,8 @@ def move_branch(s: Session, keep: Result) -> None:
 
 
 def read_text(path: Path, errors: str = "surrogateescape") -> str:
-    """A file of the checkout, line ends and odd bytes as they are."""
-    with open(path, encoding="utf-8", errors=errors, newline="") as file:
-        return file.read()
-
-
-def read_brief(config: Config) -> str:
-    """The present program.md; empty where there is none."""
-    path = config.root / "program.md"
-    return read_text(path, "replace") if path.exists() else ""
+    """A file of the checkout, line ends and odd bytes as they are; empty where there is none."""
+    return path.read_bytes().decode("utf-8", errors) if path.exists() else ""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -951,6 +944,8 @@ def train(s: Session, folder: Path) -> Run:
     reason = crash_reason(exit_code, tail, (folder / "checkpoint.pt").is_file(), time.monotonic() - start)
     status = "invalid" if exit_code == BROKE_A_RULE else "crash" if reason else ""
     late_s = (train_s or 0) - (1 + LATE_SHARE) * s.config.budget_s - LATE_S
+    if not status and train_s is None:
+        status, reason = "invalid", "never asked for the training tokens"
     if not status and late_s > 0:
         status, reason = "invalid", f"checkpoint {late_s:.0f} s late"
     return Run(status, reason, train_s, read_facts(folder / "facts.json"), tail, loss_curve(log_tail(log, 1000)))
@@ -1250,7 +1245,7 @@ class Screen:
 
     def say(self, line: str) -> None:
         """A line that stays. A closed terminal or pipe does not end the session."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeError):
             if self.live:
                 self.live.console.print(line, markup=False, highlight=False, soft_wrap=True)
             else:
@@ -1333,7 +1328,7 @@ def draw(results: list[Result], path: Path) -> None:
 
 def candidate(s: Session) -> tuple[Proposal, str]:
     """Propose, apply, guard, until a text passes: (proposal, train.py)."""
-    program, known = read_brief(s.config), {r.text_key: r for r in s.results}
+    program, known = read_text(s.config.root / "program.md", "replace"), {r.text_key: r for r in s.results}
     s.screen.label = s.proposal_id, ""
     turn_of_search = s.config.proposer == "mix" and s.best and s.next_id % 2
     if s.config.proposer != "search" and not turn_of_search:
@@ -1439,7 +1434,7 @@ def begin(s: Session, resumed: bool) -> None:
         s.ready = candidate(s)
     if not resumed:
         with uninterrupted():
-            git(s.config, "update-ref", f"refs/heads/{s.branch}", s.tip, "0" * 40)
+            git(s.config, "update-ref", f"refs/heads/{s.branch}", s.tip, "")
             git(s.config, "symbolic-ref", "HEAD", f"refs/heads/{s.branch}")   # no file changes
         mend(s, record)
     s.screen.say(f"{s.branch}: preset {s.data.preset}, data {s.data.name}, {s.config.budget_s:g} s of training, "
@@ -1518,7 +1513,8 @@ def show_status(config: Config) -> int:
     tip = git(config, "rev-parse", "-q", "--verify", f"refs/heads/autoresearch/{tag}", default="")
     row = mine[-1]
     print(f"autoresearch/{tag}: {row.preset}, {row.budget_s:g} s of training, {row.device}, last row {row.time}")
-    print(standing(mine, best_of(mine, tip, "") or baseline_of(mine)))
+    moved_to = git(config, "rev-parse", "-q", "--verify", f"refs/autoresearch-moved/{tag}", default="")
+    print(standing(mine, best_of(mine, tip, moved_to) or baseline_of(mine)))
     known = {r.commit: r for r in mine}
     for r in mine[-10:]:
         print(result_line(r, known.get(r.parent)))
@@ -1530,7 +1526,7 @@ def show_request(config: Config) -> int:
     s, _ = opened(config, Screen())
     read_branch(s)
     s.model = find_model(config)
-    messages = request(s, read_brief(config))
+    messages = request(s, read_text(config.root / "program.md", "replace"))
     for part in messages:
         print(f"<!-- {part['role']} -->\n\n{part['content']}\n")
     reply, tokens = ask(s, messages)
@@ -1587,7 +1583,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = configured(args)
         return show_status(config) if args.status else show_request(config) if args.ask else session(config)
-    except UserError as error:
+    except (UserError, NoReply) as error:
         print(f"agent.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
