@@ -662,7 +662,7 @@ def git(config: Config, *args: str, default: str | None = None, strip: bool = Tr
 
 
 def file_at(config: Config, commit: str, name: str) -> str:
-    """A file of the checkout as a commit has it, to the last newline; commit "" is the index."""
+    """A file of the checkout as a commit has it, to the last newline."""
     return git(config, "cat-file", "blob", f"{commit}:./{name}", strip=False)
 
 
@@ -1394,8 +1394,8 @@ def record(s: Session, proposal: Proposal, text: str, run: Run, verdict: Score, 
     result = result_of(s, proposal, text, run, verdict, wall_s)
     baseline, kept = proposal.proposer == "baseline", result.status == "keep"
     with uninterrupted():
-        same = git(s.config, "rev-parse", f"{result.parent}^{{tree}}")
-        tree = same if baseline else write_tree(s.config, result.parent, text, proposal.program)
+        tree = (git(s.config, "rev-parse", f"{result.parent}^{{tree}}") if baseline
+                else write_tree(s.config, result.parent, text, proposal.program))
         result = write_ref(s.config, result, tree)
         append_row(s.config, result)
         s.screen.say(result_line(result, s.best))
