@@ -91,18 +91,14 @@ EXPECTED is the change of val_bpb that you expect. Then come the edits, as many 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data model
 
-
 class UserError(Exception):
     """Something that the user must fix: one line, exit 2."""
-
 
 class EditError(Exception):
     """A reply that cannot be used; the message goes back to the model."""
 
-
 class NoReply(Exception):
     """The model's server gave no answer."""
-
 
 @dataclass(frozen=True)
 class Config:
@@ -121,7 +117,6 @@ class Config:
     outage_s: float = OUTAGE_S
     python: str = sys.executable
 
-
 @dataclass(frozen=True)
 class Dataset:
     """The prepared data set that all scores of a branch are taken on."""
@@ -130,14 +125,12 @@ class Dataset:
     preset: str
     fingerprint: str
 
-
 @dataclass(frozen=True)
 class Edit:
     """One edit: kind `set` (old = name, new = value), `block` (old lines, new lines) or `file` (new = the text)."""
     kind: str
     old: str
     new: str
-
 
 @dataclass(frozen=True)
 class Proposal:
@@ -151,7 +144,6 @@ class Proposal:
     program: str = ""
     llm_tokens: int | None = None
 
-
 @dataclass(frozen=True)
 class Knob:
     """A hyperparameter line of train.py, or an entry of the active preset's row of sizes."""
@@ -160,7 +152,6 @@ class Knob:
     low: float | None
     high: float | None
     span: tuple[int, int]            # of the literal, in characters of the file
-
 
 @dataclass(frozen=True)
 class Run:
@@ -172,14 +163,12 @@ class Run:
     log: str                         # the last 40 lines
     curve: str
 
-
 @dataclass(frozen=True)
 class Score:
     """The scorer's verdict: a val_bpb, or the status crash or invalid with the reason."""
     val_bpb: float | None = None
     status: str = ""
     reason: str = ""
-
 
 @dataclass(frozen=True)
 class Result:
@@ -222,10 +211,8 @@ class Result:
         """What must agree for scores to compare."""
         return self.fingerprint, self.preset, self.device, self.budget_s
 
-
 NOT_TRAILERS = ("commit", "parent", "description", "hypothesis")
 TRAILERS = {f.name: f.name.replace("_", "-").title() for f in fields(Result) if f.name not in NOT_TRAILERS}
-
 
 @dataclass
 class Session:
@@ -276,10 +263,8 @@ class Session:
     def left_s(self) -> float:
         return self.deadline - time.monotonic()
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Pure: the text of train.py
-
 
 def text_key(text: str) -> str:
     """A hash of the program, blind to comments, docstrings and layout. Raises one of NO_CODE."""
@@ -289,12 +274,10 @@ def text_key(text: str) -> str:
             node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
-
 def comments(text: str) -> dict[int, str]:
     """Line number -> comment on that line."""
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return {t.start[0]: t.string for t in tokens if t.type == tokenize.COMMENT}
-
 
 def span(text: str, node: ast.expr) -> tuple[int, int]:
     """Where a node stands, in characters; ast counts columns in UTF-8 bytes."""
@@ -303,7 +286,6 @@ def span(text: str, node: ast.expr) -> tuple[int, int]:
     def offset(line: int, column: int) -> int:
         return sum(len(before) + 1 for before in lines[:line - 1]) + len(lines[line - 1].encode()[:column].decode())
     return offset(node.lineno, node.col_offset), offset(node.end_lineno, node.end_col_offset)
-
 
 def knobs(text: str, preset: str) -> dict[str, Knob]:
     """The hyperparameters of a train.py by name: module-level `NAME = literal` lines and the preset's row of SIZES."""
@@ -330,7 +312,6 @@ def knobs(text: str, preset: str) -> dict[str, Knob]:
             add(name, node.value, notes.get(node.end_lineno, ""))
     return found
 
-
 def apply_set(text: str, name: str, value: str, preset: str) -> str:
     """The text with another literal for one hyperparameter. Raises EditError."""
     known = knobs(text, preset)
@@ -345,11 +326,9 @@ def apply_set(text: str, name: str, value: str, preset: str) -> str:
     start, end = known[name].span
     return text[:start] + ast.get_source_segment(value.strip(), node) + text[end:]
 
-
 def indent_of(lines: list[str]) -> str:
     """The common indentation of the lines that are not blank."""
     return os.path.commonprefix([re.match(r"\s*", line)[0] for line in lines if line.strip()])
-
 
 def places(lines: list[str], wanted: list[str]) -> list[int]:
     """Where `wanted` stands in `lines`: exactly, else but for white space at line ends, else but for indentation."""
@@ -362,7 +341,6 @@ def places(lines: list[str], wanted: list[str]) -> list[int]:
             return found
     return []
 
-
 def nearest(lines: list[str], wanted: list[str]) -> str:
     """The lines of the file that share most words with `wanted`, line by line, with their numbers."""
     n = min(len(wanted), len(lines))
@@ -372,7 +350,6 @@ def nearest(lines: list[str], wanted: list[str]) -> str:
         return sum(len(a & b) / (len(a | b) or 1) for a, b in zip(words[i:i + n], sought))
     best = max(range(len(lines) - n + 1), key=likeness)
     return f"lines {best + 1} to {best + n}:\n" + "\n".join(lines[best:best + min(n, 40)])
-
 
 def apply_block(text: str, old: str, new: str) -> str:
     """The text with the lines `old` replaced by `new`. Raises EditError where they are missing or not unique."""
@@ -394,7 +371,6 @@ def apply_block(text: str, old: str, new: str) -> str:
         replacement = [is_ + line[len(was):] if line.strip() else line for line in replacement]
     return "\n".join(lines[:i] + replacement + lines[i + n:])
 
-
 def apply_edits(text: str, edits: tuple[Edit, ...], preset: str) -> str:
     """The edited text. Raises EditError, which says what failed and what did apply."""
     applied = []
@@ -412,7 +388,6 @@ def apply_edits(text: str, edits: tuple[Edit, ...], preset: str) -> str:
             raise EditError(f"{name}: {error}{done}") from None
         applied.append(name)
     return text
-
 
 def guard(text: str, base: str, known: dict[str, Result]) -> None:
     """Raise EditError, a sentence for the proposer, where a text may not train. `known`: earlier ones by text_key."""
@@ -433,7 +408,6 @@ def guard(text: str, base: str, known: dict[str, Result]) -> None:
     if missing:
         raise EditError(f"train.py must keep {', '.join(missing)}: the contract with prepare.py.")
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Pure: proposals
 
@@ -443,18 +417,15 @@ SET_LINE = r"^[ \t>*`\-\d.)]*SET[ \t]"
 SET = re.compile(SET_LINE + r"+`?([A-Za-z_]\w*)`?[ \t]*(?:=|:|to\b)[ \t]*(.+?)[ \t`*]*$", re.M)
 FENCE = re.compile(r"^```[\w+-]*[ \t]*\n(.*?)^```", re.M | re.S)
 
-
 def reply_field(reply: str, name: str) -> str:
     """The text after `NAME:`, to the next field, edit or blank line, on one line."""
     ends = r"\n[ \t]*\n|\n[ \t>#*]*(?:HYPOTHESIS|EXPECTED|DESCRIPTION)[ \t*]*:|\n[ \t>*`-]*SET |\n[ \t]*<<<<|\n```|\Z"
     found = re.search(rf"^[ \t>#*]*{name}[ \t*]*:[ \t*]*(.*?)(?={ends})", reply, re.M | re.S)
     return one_line(found[1]) if found else ""
 
-
 def one_line(text: str) -> str:
     """White space and control characters squeezed to single blanks."""
     return " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", text).split())
-
 
 def reply_edits(reply: str) -> tuple[Edit, ...]:
     """The edits of a reply, in its order. Raises EditError for any that would be left out or is ambiguous."""
@@ -475,7 +446,6 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
         raise EditError("The reply has no edit: no SET line, no SEARCH/REPLACE block, no fenced whole file.")
     return tuple(edit for _, edit in sorted(found, key=lambda pair: pair[0])) or (Edit("file", "", files[0]),)
 
-
 def parse_reply(reply: str) -> Proposal:
     """A model's reply as a Proposal. Raises EditError."""
     reply = re.sub(r"<think>.*", "", reply.replace("\r\n", "\n").rpartition("</think>")[2], flags=re.S)
@@ -486,14 +456,12 @@ def parse_reply(reply: str) -> Proposal:
     number = re.search(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?", reply_field(reply, "EXPECTED").replace("\u2212", "-"))
     return Proposal(description[:80].strip(), edits, hypothesis, float(number[0]) if number else None)
 
-
 def checked(reply: str, base: str, preset: str, known: dict[str, Result]) -> tuple[Proposal, str]:
     """A reply as (proposal, text): parsed, applied to `base`, guarded. Raises EditError."""
     proposal = parse_reply(reply)
     text = apply_edits(base, proposal.edits, preset)
     guard(text, base, known)
     return proposal, text
-
 
 def moved(knob: Knob, rng: random.Random) -> object:
     """Another value near a knob's own: doubled or halved, a log-normal step, or an additive one for fractions."""
@@ -517,7 +485,6 @@ def moved(knob: Knob, rng: random.Random) -> object:
         return whole if whole != value else int(min(max(value + rng.choice((-1, 1)), low), high))
     return float(f"{new:.3g}")
 
-
 def search_proposal(text: str, preset: str, key: str, known: dict[str, Result]) -> tuple[Proposal, str]:
     """One to three hyperparameters with bounds moved a little, the same for the same key: (proposal, new text).
 
@@ -537,10 +504,8 @@ def search_proposal(text: str, preset: str, key: str, known: dict[str, Result]) 
             return Proposal(description[:80], edits, "A small step of local search.", proposer="search"), edited
     raise UserError("the search finds no untried step: train.py needs lines `NAME = number  # what [low, high]`")
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Pure: verdicts and rows
-
 
 def crash_reason(exit_code: int | None, tail: str, has_checkpoint: bool, elapsed_s: float) -> str:
     """Why a run is a crash, for the description; empty when it is none. exit_code None: killed at its limit."""
@@ -558,16 +523,13 @@ def crash_reason(exit_code: int | None, tail: str, has_checkpoint: bool, elapsed
     reason = one_line((errors or last or [f"exit status {exit_code}"])[-1])
     return reason if len(reason) <= 120 else reason[:117] + "..."
 
-
 def decide(run: Run, score: Score, best_bpb: float | None) -> tuple[str, str]:
     """(status, reason). A keep is strictly below the best; a tie is a discard."""
     if run.status or score.status:
         return run.status or score.status, run.reason or score.reason
     return "keep" if best_bpb is None or score.val_bpb < best_bpb else "discard", ""
 
-
 STEP = re.compile(r"^step (\d+) \(([\d.]+)%\) \| loss (\S+) \| lr ([\d.]+) \| tok/s ([\d,]+)", re.M)
-
 
 def loss_curve(log: str, points: int = 12) -> str:
     """`share:loss` at up to a dozen points of a log."""
@@ -576,10 +538,8 @@ def loss_curve(log: str, points: int = 12) -> str:
               } if steps else ()
     return " ".join(f"{steps[i][0]:.0f}%:{steps[i][1]}" for i in sorted(chosen)) or "-"
 
-
 def or_dash(value: object, form: str = "") -> str:
     return "-" if value is None or value == "" else format(value, form)
-
 
 def row(r: Result) -> str:
     """A result's line in results.tsv."""
@@ -588,13 +548,11 @@ def row(r: Result) -> str:
              or_dash(r.train_s, ".1f"), f"{r.wall_s:.1f}", or_dash(r.llm_tokens))
     return "\t".join(one_line(cell) for cell in cells) + "\n"
 
-
 def message(r: Result) -> str:
     """A result's commit message: description, hypothesis, trailers."""
     trailers = "\n".join(f"{key}: {one_line(or_dash(getattr(r, name))) or '-'}" for name, key in TRAILERS.items())
     hypothesis = textwrap.fill(r.hypothesis, 72, break_on_hyphens=False, break_long_words=False)
     return "\n\n".join(filter(None, (r.description, hypothesis, trailers))) + "\n"
-
 
 def parse_message(commit: str, parent: str, text: str) -> Result:
     """The result that a commit message holds. Raises ValueError when it is not one."""
@@ -612,7 +570,6 @@ def parse_message(commit: str, parent: str, text: str) -> Result:
             found[f.name] = empty if raw == "-" else convert(raw)
     return Result(commit, parent, description.strip(), one_line(hypothesis), **found)
 
-
 def mended_results(text: str | None, results: list[Result]) -> str:
     """What results.tsv should hold: the file as it is, without half a line, with every row of the record in it."""
     rows = [row(r) for r in sorted(results, key=lambda r: (r.time, r.tag, r.id))]
@@ -623,7 +580,6 @@ def mended_results(text: str | None, results: list[Result]) -> str:
     text = body + newline + ("" if not torn or any(r.startswith(torn) for r in rows) else torn + "\n")
     there = {tuple(cells[5:8:2]) for line in text.splitlines() if len(cells := line.split("\t")) >= 8}
     return text + "".join(r for r in rows if tuple(r.split("\t")[5:8:2]) not in there)
-
 
 def best_of(results: list[Result], tip: str, moved_to: str) -> Result | None:
     """The best that a branch with this tip stands for: the keep at the tip, or the baseline measured of the tip.
@@ -639,16 +595,13 @@ def best_of(results: list[Result], tip: str, moved_to: str) -> Result | None:
     unfinished = newest.status == "keep" and newest.parent == at_tip[-1].commit and newest.commit != moved_to
     return newest if unfinished else at_tip[-1]
 
-
 def result_line(r: Result, base: Result | None) -> str:
     """One experiment on one line: id, status, val_bpb, difference to the best it started from, what it was."""
     gain = f"{r.val_bpb - base.val_bpb:+.6f}" if r.val_bpb and base and base.val_bpb else ""
     return f"{r.id}  {r.status:8} {or_dash(r.val_bpb, '.6f'):>9} {gain:>10}  {r.what}"
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Effects: git
-
 
 def git(config: Config, *args: str, default: str | None = None, strip: bool = True, **env: str) -> str:
     """The output of a git command in the checkout, without hooks. Raises GitCommandError if there is no default."""
@@ -660,11 +613,9 @@ def git(config: Config, *args: str, default: str | None = None, strip: bool = Tr
             raise
         return default
 
-
 def file_at(config: Config, commit: str, name: str) -> str:
     """A file of the checkout as a commit has it, to the last newline."""
     return git(config, "cat-file", "blob", f"{commit}:./{name}", strip=False)
-
 
 def read_record(config: Config) -> list[Result]:
     """Every experiment that refs/autoresearch holds, by tag and id."""
@@ -678,7 +629,6 @@ def read_record(config: Config) -> list[Result]:
             raise UserError(f"{ref} holds no experiment ({error}). To remove it: git update-ref -d {ref}") from None
     return record
 
-
 def blob(config: Config, text: str) -> str:
     """Write a text into git's object store; returns its hash."""
     from git import Git
@@ -686,7 +636,6 @@ def blob(config: Config, text: str) -> str:
         file.write(text.encode("utf-8", "surrogateescape"))
         file.seek(0)
         return Git(config.root).execute([*GIT, "hash-object", "-w", "--stdin"], istream=file)
-
 
 def write_tree(config: Config, parent: str, train_py: str, program: str) -> str:
     """Write a tree like the parent's with this train.py and program.md; returns its hash. No checkout, no index."""
@@ -701,13 +650,11 @@ def write_tree(config: Config, parent: str, train_py: str, program: str) -> str:
     finally:
         index.unlink(missing_ok=True)
 
-
 def write_ref(config: Config, result: Result, tree: str) -> Result:
     """Make a result a commit under its ref, which must be new: the commit point of an experiment."""
     commit = git(config, "commit-tree", tree, "-p", result.parent, "-m", message(result))
     git(config, "update-ref", f"refs/autoresearch/{result.tag}/{result.id}", commit, "")
     return replace(result, commit=commit)
-
 
 def move_branch(s: Session, keep: Result) -> None:
     """Move the branch to a keep, and the checkout's train.py where it still is the text that the keep started from."""
@@ -726,11 +673,9 @@ def move_branch(s: Session, keep: Result) -> None:
         if git(config, "diff", "--cached", "--name-only", keep.parent, "--", name, default=name) == "":
             git(config, "reset", "-q", "--", name, default="")   # the index only, and only what nobody has staged
 
-
 def read_text(path: Path, errors: str = "surrogateescape") -> str:
     """A file of the checkout, line ends and odd bytes as they are; empty where there is none."""
     return path.read_bytes().decode("utf-8", errors) if path.exists() else ""
-
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader never sees half of it."""
@@ -740,7 +685,6 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
-
 
 def check_checkout(config: Config) -> None:
     """Raise UserError unless this is a git checkout with a committed train.py."""
@@ -760,7 +704,6 @@ def check_checkout(config: Config) -> None:
         if git(config, "cat-file", "-t", f"HEAD:./{name}", default="missing") != "blob":
             raise UserError(f"{name} is not committed. Type: git add -A && git commit -m start")
 
-
 def check_unchanged(s: Session) -> None:
     """Raise UserError where train.py or prepare.py differ from the branch: they are the user's, and stay."""
     if git(s.config, "rev-parse", "HEAD", default="") != s.tip:
@@ -770,7 +713,6 @@ def check_unchanged(s: Session) -> None:
     if changed:
         raise UserError(f"{' and '.join(changed)} changed and not committed. Commit the change "
                         f"(git commit -am 'my change') or put it away (git stash), then start again")
-
 
 def choose_tag(config: Config) -> tuple[str, bool]:
     """(tag, whether its branch exists and is checked out). Raises UserError."""
@@ -787,7 +729,6 @@ def choose_tag(config: Config) -> tuple[str, bool]:
                         f"To begin another branch here: --tag NAME")
     return tag, tag == current
 
-
 def read_branch(s: Session) -> list[Result]:
     """Fill the session with the branch's record; returns the whole record. Changes nothing."""
     s.tip = git(s.config, "rev-parse", "HEAD")
@@ -802,7 +743,6 @@ def read_branch(s: Session) -> list[Result]:
     s.best = best_of(mine, s.tip, git(s.config, "rev-parse", "-q", "--verify", s.moved_ref, default=""))
     s.text = file_at(s.config, s.best.commit if s.best else s.tip, "train.py")
     return record
-
 
 def mend(s: Session, record: list[Result]) -> None:
     """Finish what a session that died between a ref and the checkout left undone; says so."""
@@ -821,7 +761,6 @@ def mend(s: Session, record: list[Result]) -> None:
         if record:
             s.screen.say("results.tsv did not hold every experiment; mended from git")
 
-
 def check_same_conditions(s: Session, mine: list[Result]) -> None:
     """Raise UserError when the branch's rows were made under other conditions than the present ones."""
     names = ("data", "preset", "device", "time budget")
@@ -831,7 +770,6 @@ def check_same_conditions(s: Session, mine: list[Result]) -> None:
             raise UserError(f"{s.branch} was made with {', '.join(other)}: the scores would not compare. "
                             f"Begin another branch with --tag NAME")
 
-
 def append_row(config: Config, result: Result) -> None:
     """Add a result's line to results.tsv, and make sure that it is on the disk."""
     path = config.root / "results.tsv"
@@ -840,7 +778,6 @@ def append_row(config: Config, result: Result) -> None:
         file.write((HEADER if new else "") + row(result))
         file.flush()
         os.fsync(file.fileno())
-
 
 @contextlib.contextmanager
 def uninterrupted():
@@ -857,7 +794,6 @@ def uninterrupted():
         if held:
             raise KeyboardInterrupt
 
-
 @contextlib.contextmanager
 def locked(config: Config):
     """One session a checkout: the lock goes with the process. Raises UserError where another holds it."""
@@ -870,10 +806,8 @@ def locked(config: Config):
         path.write_text(str(os.getpid()))
         yield
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Effects: processes
-
 
 def child_env(s: Session, folder: Path, **more: str) -> dict[str, str]:
     """The environment of a run: an allow-list, nothing of the user's; the data set that the session began with."""
@@ -883,7 +817,6 @@ def child_env(s: Session, folder: Path, **more: str) -> dict[str, str]:
             "TRITON_CACHE_DIR": str(folder / "compile" / "triton"), "AUTORESEARCH_CACHE": str(s.config.cache),
             "AUTORESEARCH_DATA": s.data.folder.name, "AUTORESEARCH_SEED": str(SEED),
             "AUTORESEARCH_TIME_BUDGET": str(s.config.budget_s), **more}
-
 
 @contextlib.contextmanager
 def child(config: Config, folder: Path, args: list[str], log: Path, env: dict[str, str], fds: tuple[int, ...] = ()):
@@ -898,13 +831,11 @@ def child(config: Config, folder: Path, args: list[str], log: Path, env: dict[st
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-
 def ended(process: subprocess.Popen, seconds: float) -> bool:
     """Whether a process ends within some seconds."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     return process.returncode is not None
-
 
 def hand_over(ours: socket.socket, data: Dataset) -> bool:
     """Give the training tokens to a run that asks for them; False where it has only closed its end."""
@@ -914,7 +845,6 @@ def hand_over(ours: socket.socket, data: Dataset) -> bool:
                 socket.send_fds(ours, [b"tokens"], [tokens.fileno(), docs.fileno()])
             return True
     return False
-
 
 def watch(s: Session, process: subprocess.Popen, ours: socket.socket, log: Path) -> tuple[float | None, bool]:
     """Follow a run to its end or its limit: (seconds from the hand-over or None, whether it must be killed)."""
@@ -929,7 +859,6 @@ def watch(s: Session, process: subprocess.Popen, ours: socket.socket, log: Path)
         if over or t > limit:
             return (None if handed is None else t - handed), not over
         s.screen.phase("starting" if handed is None else f"training {min(1, (t - handed) / budget_s):4.0%}", log)
-
 
 def train(s: Session, folder: Path) -> Run:
     """Run the folder's train.py to its checkpoint, hand it the tokens when it asks, and time it from outside."""
@@ -950,7 +879,6 @@ def train(s: Session, folder: Path) -> Run:
         status, reason = "invalid", f"checkpoint {late_s:.0f} s late"
     return Run(status, reason, train_s, read_facts(folder / "facts.json"), tail, loss_curve(log_tail(log, 1000)))
 
-
 def score(s: Session, folder: Path) -> Score:
     """The scorer's verdict on a folder's checkpoint. A scorer that fails is started once more."""
     s.screen.phase("scoring")
@@ -970,7 +898,6 @@ def score(s: Session, folder: Path) -> Score:
     reason = crash_reason(process.returncode if over else None, log_tail(log), True, SCORING_S)
     return Score(status="crash", reason=f"scoring: {reason or 'no score'}")
 
-
 def log_tail(path: Path, lines: int = 40) -> str:
     """The last lines of a log, bounded in bytes as well."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
@@ -979,7 +906,6 @@ def log_tail(path: Path, lines: int = 40) -> str:
         return "\n".join(line[:300] for line in text.splitlines()[-lines:])
     return ""
 
-
 def read_facts(path: Path) -> dict:
     """A small JSON object that a child wrote; empty where there is none."""
     with contextlib.suppress(OSError, *NO_CODE), open(path, encoding="utf-8") as file:
@@ -987,14 +913,12 @@ def read_facts(path: Path) -> dict:
         return found if isinstance(found, dict) else {}
     return {}
 
-
 def number(facts: dict, name: str) -> float:
     """A finite number out of facts that nobody vouches for; 0 where there is none."""
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         value = float(facts.get(name))
         return value if math.isfinite(value) else 0.0
     return 0.0
-
 
 def fresh_folder(s: Session, attempt: int, text: str) -> Path:
     """The next experiment's folder: its train.py, the exchange with the model, what earlier attempts left to read."""
@@ -1012,14 +936,12 @@ def fresh_folder(s: Session, attempt: int, text: str) -> Path:
     write_whole(folder / "train.py", text)
     return folder
 
-
 def remove(path: Path) -> None:
     """Delete a file or a folder; what is not there is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
 
 def tidy(s: Session, folder: Path, kept: bool) -> None:
     """Make a keep's folder, with checkpoint and compile cache, the new best/; delete what is large in its own."""
@@ -1031,7 +953,6 @@ def tidy(s: Session, folder: Path, kept: bool) -> None:
         new.rename(best)
     for name in ("checkpoint.pt", "compile", "tmp"):
         remove(folder / name)
-
 
 def device_name(preset: str) -> str:
     """The name of the hardware that a preset trains on, without importing torch."""
@@ -1046,7 +967,6 @@ def device_name(preset: str) -> str:
         name = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)[0]
     return f"{name} x {os.cpu_count()}"
 
-
 def prepared_data(config: Config) -> Dataset:
     """The data set that prepare.py made last; runs prepare.py first where there is none. Raises UserError."""
     data = read_dataset(config)
@@ -1058,7 +978,6 @@ def prepared_data(config: Config) -> Dataset:
             raise UserError("the data could not be prepared: see above, then try: python prepare.py")
     return data
 
-
 def read_dataset(config: Config) -> Dataset | None:
     """The prepared data set, or None."""
     with contextlib.suppress(OSError, KeyError):
@@ -1068,16 +987,13 @@ def read_dataset(config: Config) -> Dataset | None:
             return Dataset(folder, meta["dataset"], meta["preset"], meta["fingerprint"])
     return None
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Effects: the model
-
 
 def client(config: Config):
     """An OpenAI client that leaves retries to us."""
     import openai
     return openai.OpenAI(api_key=config.api_key or "none", base_url=config.base_url, max_retries=0)
-
 
 def find_model(config: Config) -> str:
     """The model to ask: the one that was named, else the only one that the endpoint lists. Raises UserError."""
@@ -1093,14 +1009,11 @@ def find_model(config: Config) -> str:
         raise UserError(f"name a model with --model; {config.base_url} lists {names or 'none'}")
     return listed[0]
 
-
 WAYS_ON = "Set OPENAI_API_KEY, or OPENAI_BASE_URL for a local server, or go without a model: --proposer search"
-
 
 def api_reason(error: Exception) -> str:
     """What an openai error says, on one short line."""
     return one_line(str(getattr(error, "message", "") or error))[:200].rstrip(".")
-
 
 def ask_once(s: Session, messages: list[dict]) -> tuple[str, int]:
     """One request: (reply, tokens). Raises openai.APIError, or ValueError for an answer without a reply in it."""
@@ -1113,7 +1026,6 @@ def ask_once(s: Session, messages: list[dict]) -> tuple[str, int]:
     tokens = getattr(usage, "total_tokens", 0)
     content = content if isinstance(content, str) else ""
     return content.encode("utf-8", "replace").decode(), tokens if isinstance(tokens, int) else 0
-
 
 def ask(s: Session, messages: list[dict]) -> tuple[str, int]:
     """A reply of the model and its tokens, waiting out short outages. Raises NoReply, or UserError before the first."""
@@ -1137,7 +1049,6 @@ def ask(s: Session, messages: list[dict]) -> tuple[str, int]:
         s.screen.phase(f"no answer from {s.model} ({reason}), again in {wait:.0f} s")
         time.sleep(wait)
         wait = min(2 * wait, 60.0)
-
 
 def request(s: Session, program: str) -> list[dict]:
     """The messages that ask for a proposal: what stays the same longest stands first."""
@@ -1164,14 +1075,12 @@ def request(s: Session, program: str) -> list[dict]:
     parts.append(f"# Now\n\nThe best is {best}. Propose experiment {s.proposal_id}: edits of the best train.py above.")
     return [{"role": "system", "content": REPLY_FORMAT}, {"role": "user", "content": "\n\n".join(parts)}]
 
-
 def diff_of(s: Session, r: Result) -> str:
     """What an experiment changed in train.py."""
     if r.commit not in s.diffs:
         plain = ("--no-ext-diff", "--no-color", "--unified=2", "--relative")
         s.diffs[r.commit] = git(s.config, "diff", *plain, r.parent, r.commit, "--", "train.py")
     return "\n".join(s.diffs[r.commit].splitlines()[4:])
-
 
 def keep_exchange(s: Session, messages: list[dict], reply: str) -> None:
     """Append the last request, or the whole first one, and its reply to the experiment's llm.md."""
@@ -1181,7 +1090,6 @@ def keep_exchange(s: Session, messages: list[dict], reply: str) -> None:
     with open(folder / "llm.md", "a", encoding="utf-8") as file:
         for part in [*new, {"role": f"reply of {s.model}", "content": reply}]:
             file.write(f"\n<!-- {part['role']} -->\n\n{part['content']}\n")
-
 
 def converse(s: Session, messages: list[dict], base: str, asked: Proposal) -> tuple[Proposal, str] | None:
     """Ask until a reply applies to `base` and passes the guard: (proposal, text); None after three lessons."""
@@ -1201,7 +1109,6 @@ def converse(s: Session, messages: list[dict], base: str, asked: Proposal) -> tu
             messages = [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": lesson}]
     return None
 
-
 def repair(s: Session, proposal: Proposal, text: str, reason: str, log: str) -> tuple[Proposal, str] | None:
     """Send a crash back to the model that caused it: the mended (proposal, text), or None."""
     diff = difflib.unified_diff(s.text.splitlines(), text.splitlines(), "train.py", "train.py", n=2, lineterm="")
@@ -1216,10 +1123,8 @@ def repair(s: Session, proposal: Proposal, text: str, reason: str, log: str) -> 
         s.screen.say(f"      no repair: {error}")
         return None
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Effects: the screen
-
 
 class Screen:
     """What a person sees: a line for every finished experiment, and in a terminal two live lines below them."""
@@ -1266,18 +1171,15 @@ class Screen:
         with contextlib.suppress(OSError):
             self.live.update(lines, refresh=True)
 
-
 def counts(results: list[Result]) -> str:
     """`3 kept, 8 discarded, 1 crashed`; baselines are not counted."""
     tried = Counter(r.status for r in results if r.proposer != "baseline")
     invalid = f", {tried['invalid']} invalid" if tried["invalid"] else ""
     return f"{tried['keep']} kept, {tried['discard']} discarded, {tried['crash']} crashed{invalid}"
 
-
 def baseline_of(results: list[Result]) -> Result | None:
     """The baseline measured last."""
     return next((r for r in reversed(results) if r.proposer == "baseline" and r.status == "keep"), None)
-
 
 def standing(results: list[Result], best: Result | None) -> str:
     """`best 1.183402 (0011), -0.020012 since the baseline; 3 kept, 8 discarded, 1 crashed`."""
@@ -1286,7 +1188,6 @@ def standing(results: list[Result], best: Result | None) -> str:
         return "no baseline yet"
     gain = best.val_bpb - base.val_bpb
     return f"best {best.val_bpb:.6f} ({best.id}), {gain:+.6f} since the baseline; {counts(results)}"
-
 
 def draw(results: list[Result], path: Path) -> None:
     """The progress picture: every score a dot, the running best a step line, keeps labelled."""
@@ -1321,10 +1222,8 @@ def draw(results: list[Result], path: Path) -> None:
     plt.close()
     os.replace(path.with_suffix(".new.png"), path)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
-
 
 def candidate(s: Session) -> tuple[Proposal, str]:
     """Propose, apply, guard, until a text passes: (proposal, train.py)."""
@@ -1342,7 +1241,6 @@ def candidate(s: Session) -> tuple[Proposal, str]:
     proposal, text = search_proposal(s.text, s.data.preset, f"{s.config.tag}/{s.proposal_id}", known)
     return replace(proposal, program=program), text
 
-
 def attempt(s: Session, text: str, number: int) -> tuple[Run, Score, Path]:
     """Train a text and score it in a fresh folder."""
     folder = fresh_folder(s, number, text)
@@ -1353,7 +1251,6 @@ def attempt(s: Session, text: str, number: int) -> tuple[Run, Score, Path]:
     write_whole(folder / "train.py", text)   # what is scored is what was proposed, whatever the run did to its file
     verdict = score(s, folder)
     return (replace(run, log=log_tail(folder / "score.log")) if verdict.status else run), verdict, folder
-
 
 def experiment(s: Session, proposal: Proposal, text: str) -> Result:
     """Train, score, decide, record: one row. A crash goes back to the model that caused it."""
@@ -1373,7 +1270,6 @@ def experiment(s: Session, proposal: Proposal, text: str) -> Result:
         run, verdict, folder = attempt(s, text, number)
     return record(s, proposal, text, run, verdict, folder, time.monotonic() - start)
 
-
 def result_of(s: Session, proposal: Proposal, text: str, run: Run, verdict: Score, wall_s: float) -> Result:
     """Decide, and put everything that is known of an experiment into its row."""
     status, reason = decide(run, verdict, s.best.val_bpb if s.best else None)
@@ -1387,7 +1283,6 @@ def result_of(s: Session, proposal: Proposal, text: str, run: Run, verdict: Scor
         tokens_M=tokens / 1e6 or None, train_s=run.train_s, wall_s=wall_s, llm_tokens=proposal.llm_tokens,
         preset=s.data.preset, fingerprint=s.data.fingerprint, device=s.device, budget_s=s.config.budget_s,
         text_key=text_key(text), curve=run.curve)
-
 
 def record(s: Session, proposal: Proposal, text: str, run: Run, verdict: Score, folder: Path, wall_s: float) -> Result:
     """Write an experiment down: its ref, its row, on a keep the branch and the checkout; whole or not at all."""
@@ -1410,12 +1305,10 @@ def record(s: Session, proposal: Proposal, text: str, run: Run, verdict: Score, 
     draw(s.mine, s.runs / "progress.png")
     return result
 
-
 def enough_time(s: Session) -> bool:
     """Whether another run can end before the deadline."""
     extra = sorted(r.wall_s - r.train_s for r in s.results[-5:] if r.val_bpb and r.train_s)
     return s.left_s() > s.config.budget_s + (extra[len(extra) // 2] if extra else 30)
-
 
 def begin(s: Session, resumed: bool) -> None:
     """Everything before the first proposed experiment: record, first proposal, branch, baseline."""
@@ -1445,7 +1338,6 @@ def begin(s: Session, resumed: bool) -> None:
             raise UserError(f"train.py as it is gets no score ({result.reason}): "
                             f"see runs/{result.tag}/{result.id}/run.log")
 
-
 def loop(s: Session) -> None:
     """Experiment until the deadline or the number of rows that was asked for."""
     while (s.config.experiments is None or s.rows < s.config.experiments) and enough_time(s):
@@ -1454,7 +1346,6 @@ def loop(s: Session) -> None:
         s.ready = None
         if enough_time(s):
             experiment(s, proposal, text)
-
 
 def closing(s: Session) -> str:
     """What was gained, where it is, how to have it."""
@@ -1469,7 +1360,6 @@ def closing(s: Session) -> str:
         lines.append(f"to have it: git checkout YOUR-BRANCH && git merge {s.branch}   (or pick: git log {s.branch})")
     return "\n".join(lines)
 
-
 def opened(config: Config, screen: Screen) -> tuple[Session, bool]:
     """A session on this checkout, and whether its branch is there already. Raises UserError."""
     check_checkout(config)
@@ -1480,7 +1370,6 @@ def opened(config: Config, screen: Screen) -> tuple[Session, bool]:
     if config.hours:
         screen.deadline = time.monotonic() + config.hours * 3600
     return Session(replace(config, tag=tag), data, device_name(data.preset), screen, screen.deadline), resumed
-
 
 def session(config: Config) -> int:
     """One start of agent.py; returns the exit status."""
@@ -1497,7 +1386,6 @@ def session(config: Config) -> int:
         finally:
             if s.rows:
                 screen.say(closing(s))
-
 
 def show_status(config: Config) -> int:
     """Print the essence of the record; works while a session runs."""
@@ -1520,7 +1408,6 @@ def show_status(config: Config) -> int:
         print(result_line(r, known.get(r.parent)))
     return 0
 
-
 def show_request(config: Config) -> int:
     """Print one whole request and the reply to it; train nothing, change nothing."""
     s, _ = opened(config, Screen())
@@ -1538,10 +1425,8 @@ def show_request(config: Config) -> int:
         print(f"The reply does not apply: {error}")
     return 0
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
-
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("agent.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1555,7 +1440,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--status", action="store_true", help="print what the record says so far, and end")
     p.add_argument("--ask", action="store_true", help="print one request to the model and its reply, train nothing")
     return p
-
 
 def configured(args: argparse.Namespace) -> Config:
     """The command line and the environment as a Config. Raises UserError where no model is configured."""
@@ -1574,7 +1458,6 @@ def configured(args: argparse.Namespace) -> Config:
                   model=args.model or os.environ.get("OPENAI_MODEL", ""), base_url=url or Config.base_url, api_key=key,
                   budget_s=args.time_budget)
 
-
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1588,7 +1471,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
 
 if __name__ == "__main__":
     sys.exit(main())

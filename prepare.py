@@ -42,14 +42,12 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, log_softmax  # bound before any train.py is imported
 
-
 class Preset(NamedTuple):
     device: str      # torch device type
     dataset: str     # prepared when none is named
     vocab_size: int  # special tokens included
     seq_len: int     # tokens
     val_tokens: int  # targets in val; test has as many
-
 
 PRESETS = {
     "datacenter": Preset("cuda", "climbmix", 8192, 2048, 20_971_520),
@@ -83,20 +81,16 @@ PACK_DOCS, PACK_REFILL = 1000, 128  # documents the packing chooses among, and h
 PROBE_ROWS, PROBE_TOLERANCE = 4, 1e-3  # nats a log probability may move by rounding (an FFT, a scan)
 PLAUSIBLE_BPB = (0.01, 100.0)  # what lies outside is no measurement of a language model
 
-
 def stop(message: str, code: int = 2) -> NoReturn:
     """Ends the process with one line on stderr that says what to do, or what is wrong with the model (code 3)."""
     print(message, file=sys.stderr, flush=True)
     sys.exit(code)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Files of the cache
 
-
 def cache_root() -> Path:
     return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
-
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the file at once: a reader sees the old text or the new one."""
@@ -104,14 +98,12 @@ def write_text(path: Path, text: str) -> None:
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
-
 def read_json(path: Path) -> dict:
     """The object in a JSON file; {} if there is none."""
     with contextlib.suppress(OSError, ValueError):
         value = json.loads(path.read_text(encoding="utf-8"))
         return value if isinstance(value, dict) else {}
     return {}
-
 
 def current() -> tuple[Path, dict]:
     """Folder and meta.json of the session's data set, by hand of the one prepared last. Exit 2 if there is none."""
@@ -123,11 +115,9 @@ def current() -> tuple[Path, dict]:
             return folder, meta
     stop(f"No data in {cache_root()}: run `python prepare.py` first.")
 
-
 def active_preset() -> str:
     """Name of the preset of the data set prepared last. Exit 2 if there is none."""
     return current()[1]["preset"]
-
 
 def sha256(path: Path) -> str:
     hasher = hashlib.sha256()
@@ -136,10 +126,8 @@ def sha256(path: Path) -> str:
             hasher.update(block)
     return hasher.hexdigest()
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Texts
-
 
 class Corpus(NamedTuple):
     name: str
@@ -148,7 +136,6 @@ class Corpus(NamedTuple):
     texts: Callable[[], Iterator[str]]  # the documents, read anew at every call
     urls: dict[Path, str] = {}          # files to download first
     held: Path | None = None            # the one of them that val and test are cut from
-
 
 def open_corpus(dataset: str, num_shards: int) -> Corpus:
     """The corpus of that name or path. Exit 2 where there is no text."""
@@ -167,7 +154,6 @@ def open_corpus(dataset: str, num_shards: int) -> Corpus:
     return Corpus(str(root), f"{root.stem}-{key}", hashlib.sha256(repr(stats).encode()).hexdigest(),
                   partial(read_texts, files))
 
-
 def builtin_texts() -> Iterator[str]:
     """Source files of the running Python's standard library.
 
@@ -180,7 +166,6 @@ def builtin_texts() -> Iterator[str]:
         if not left_out & set(path.relative_to(root).parts) and (text := path.read_bytes().decode("utf-8", "replace")):
             yield text
 
-
 def text_files(root: Path) -> list[Path]:
     """The file, or the text files of a folder and all below it. Exit 2 if there are none."""
     if not root.exists():
@@ -190,7 +175,6 @@ def text_files(root: Path) -> list[Path]:
     if not files:
         stop(f"No text in {root}: wanted are files ending in {' '.join(TEXT_SUFFIXES)}.")
     return files
-
 
 def read_texts(files: list[Path]) -> Iterator[str]:
     """The documents of text files, none of them empty. Exit 2 for what is not text."""
@@ -202,7 +186,6 @@ def read_texts(files: list[Path]) -> Iterator[str]:
         else:
             texts = jsonl_texts(file) if suffix == ".jsonl" else pieces(file, piece)
         yield from filter(None, texts)
-
 
 def pieces(file: Path, size: int) -> Iterator[str]:
     """A text file in pieces of about `size` characters, cut at blank lines where there are any, else at line ends."""
@@ -218,7 +201,6 @@ def pieces(file: Path, size: int) -> Iterator[str]:
                 lines, chars = [], 0
         yield "".join(lines)
 
-
 def jsonl_texts(file: Path) -> Iterator[str]:
     with open(file, encoding="utf-8", errors="replace") as stream:
         for number, line in enumerate(stream, 1):
@@ -229,7 +211,6 @@ def jsonl_texts(file: Path) -> Iterator[str]:
                 yield text.encode("utf-8", "replace").decode()  # a lone surrogate is no text
             except (ValueError, TypeError, KeyError, AttributeError):
                 stop(f'{file}, line {number}: not a JSON object with a "text" string.')
-
 
 def parquet_batches(file: Path) -> Iterator[list[str]]:
     """The "text" column in order, PACK_REFILL documents at a time, fewer at the end of a row group. Exit 2 without."""
@@ -246,10 +227,8 @@ def parquet_batches(file: Path) -> Iterator[list[str]]:
     except (pyarrow.ArrowException, OSError) as error:
         stop(f"{file} cannot be read as parquet: {str(error).splitlines()[0]}")
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Downloads
-
 
 def download(url: str, path: Path) -> None:
     """Gets a file unless it is there, going on where an earlier attempt stopped. Raises RequestException, one line."""
@@ -269,7 +248,6 @@ def download(url: str, path: Path) -> None:
         raise requests.RequestException(
             f"{url} cannot be downloaded ({reason}); the same command goes on where this one stopped.")
 
-
 def fetch(url: str, part: Path) -> None:
     """Appends to `part` what it lacks. Raises RequestException; what has another hash than promised is deleted."""
     import requests
@@ -288,14 +266,12 @@ def fetch(url: str, part: Path) -> None:
         part.unlink()
         raise requests.RequestException("what came is not the file that the server promised")
 
-
 def parquet_is_whole(path: Path) -> bool:
     """Whether a parquet file has a footer that can be read: for a server that promises no hash."""
     import pyarrow.parquet
     with contextlib.suppress(pyarrow.ArrowException, OSError):
         return pyarrow.parquet.read_metadata(path).num_rows > 0
     return False
-
 
 def download_all(urls: dict[Path, str]) -> None:
     """Gets every file, four at a time. Exit 2 at the first that cannot be had."""
@@ -309,10 +285,8 @@ def download_all(urls: dict[Path, str]) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             stop(str(error))
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizer
-
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
     """tiktoken.Encoding of `vocab_size` ids, the last of them special; fewer if the text has no more pairs to merge."""
@@ -320,7 +294,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     tokenizer = rustbpe.Tokenizer()
     tokenizer.train_from_iterator(first_chars(texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
     return make_encoding(SPLIT_PATTERN, [bytes(piece) for piece, _ in tokenizer.get_mergeable_ranks()])
-
 
 def first_chars(texts: Iterable[str]) -> Iterator[str]:
     """The beginning of each text, until there are TOKENIZER_CHARS characters."""
@@ -331,7 +304,6 @@ def first_chars(texts: Iterable[str]) -> Iterator[str]:
         if chars >= TOKENIZER_CHARS:
             return
 
-
 def make_encoding(pattern: str, pieces: list[bytes]):
     """tiktoken.Encoding of the byte strings in the order of their ids."""
     import tiktoken
@@ -339,23 +311,19 @@ def make_encoding(pattern: str, pieces: list[bytes]):
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
     return tiktoken.Encoding("autoresearch", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
-
 def token_pieces(encoding) -> list[bytes]:
     """The byte string of each token that is not special, by id."""
     return [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab - len(SPECIAL_TOKENS))]
-
 
 def save_tokenizer(encoding, folder: Path) -> None:
     merges = [base64.b64encode(piece).decode() for piece in token_pieces(encoding)]
     write_text(folder / "tokenizer.json",
                json.dumps({"pattern": SPLIT_PATTERN, "merges": merges, "special_tokens": SPECIAL_TOKENS}))
 
-
 def load_tokenizer(folder: Path):
     """tiktoken.Encoding of a prepared folder."""
     saved = read_json(Path(folder) / "tokenizer.json")
     return make_encoding(saved["pattern"], [base64.b64decode(merge) for merge in saved["merges"]])
-
 
 def token_bytes(encoding, original: bool = False) -> np.ndarray:
     """Bytes of each token (vocab,) int64, 0 for special ones. `original`: with broken UTF-8 replaced first."""
@@ -364,12 +332,10 @@ def token_bytes(encoding, original: bool = False) -> np.ndarray:
         pieces = [piece.decode("utf-8", "replace").encode() for piece in pieces]
     return np.array([*map(len, pieces), *[0] * len(SPECIAL_TOKENS)])
 
-
 def encode(encoding, text: str) -> np.ndarray:
     """uint16 tokens of a document, BOS first. What looks like a special token is ordinary text."""
     bos = encoding.n_vocab - len(SPECIAL_TOKENS)
     return np.concatenate([[bos], encoding.encode_to_numpy(text, disallowed_special=())]).astype(np.uint16)
-
 
 def encoded(encoding, batches: Iterable[list[str]]) -> Iterator[list[np.ndarray]]:
     """The batches' documents as tokens, by all cores: tiktoken lets go of the interpreter's lock."""
@@ -377,20 +343,16 @@ def encoded(encoding, batches: Iterable[list[str]]) -> Iterator[list[np.ndarray]
         for batch in batches:
             yield list(pool.map(partial(encode, encoding), batch))
 
-
 def in_batches(texts: Iterable[str], size: int = 128) -> Iterator[list[str]]:
     texts = iter(texts)
     return iter(lambda: list(islice(texts, size)), [])
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Splits and rows
-
 
 def digest(text: str) -> int:
     """64 bits that stand for a document."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
 
 def hold_out(corpus: Corpus, preset: Preset) -> tuple[dict[str, list[str]], set[int]]:
     """The documents of val and of test, and the digests of all that must not be trained on.
@@ -409,11 +371,9 @@ def hold_out(corpus: Corpus, preset: Preset) -> tuple[dict[str, list[str]], set[
     found = {key: text for text in texts() if (key := digest(text)) in wanted}
     return {split: [found[key] for key in keys[split]] for split in SPLITS}, set(sizes) if corpus.held else wanted
 
-
 def without(held: set[int], texts: Callable[[], Iterable[str]]) -> Iterator[str]:
     """The texts whose digests are not held out."""
     return (text for text in texts() if digest(text) not in held)
-
 
 def contiguous_rows(encoding, texts: list[str], seq_len: int, count: int) -> np.ndarray:
     """uint16 (count or fewer, seq_len + 1) of the texts in one stream; a row begins with the last token before it."""
@@ -421,7 +381,6 @@ def contiguous_rows(encoding, texts: list[str], seq_len: int, count: int) -> np.
     stream = np.concatenate(documents or [np.empty(0, np.uint16)])
     starts = np.arange(min(count, max(0, len(stream) - 1) // seq_len)) * seq_len
     return stream[starts[:, None] + np.arange(seq_len + 1)]
-
 
 def pack_best_fit(batches: Iterable[list[np.ndarray]], capacity: int) -> Iterator[np.ndarray]:
     """Rows (capacity,) of tokens, packed from batches of documents as the original packs them.
@@ -442,11 +401,9 @@ def pack_best_fit(batches: Iterable[list[np.ndarray]], capacity: int) -> Iterato
             yield np.concatenate(row)
             row, room = [], capacity
 
-
 def scored_as_original(dataset: str, preset_name: str) -> bool:
     """Whether the rows are those that the original is scored on."""
     return (dataset, preset_name) == ("climbmix", "datacenter")
-
 
 def make_rows(encoding, corpus: Corpus, preset_name: str, texts: dict[str, list[str]]) -> dict[str, np.ndarray]:
     """uint16 (rows, seq_len + 1) of val and of test. Exit 2 if there is too little text."""
@@ -461,10 +418,8 @@ def make_rows(encoding, corpus: Corpus, preset_name: str, texts: dict[str, list[
              f"documents, in all about {MIN_ROWS * seq_len * HELD_SHARE * BYTES_PER_TOKEN // 1000} kB.")
     return rows
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Preparation
-
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
@@ -473,12 +428,10 @@ def stage(name: str) -> Iterator[None]:
     yield
     print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
 
-
 def shown(items: Iterable, name: str, total: int | None = None) -> Iterable:
     """The items, with a progress bar on a terminal."""
     from rich.progress import track
     return track(items, description=name, total=total, disable=not sys.stdout.isatty(), transient=True)
-
 
 def write_stream(folder: Path, encoding, texts: Iterable[str]) -> tuple[int, int]:
     """Writes train.bin and train_docs.npy; returns the number of tokens and of documents."""
@@ -492,7 +445,6 @@ def write_stream(folder: Path, encoding, texts: Iterable[str]) -> tuple[int, int
     np.save(buffer, ends[:-1])
     (folder / "train_docs.npy").write_bytes(buffer.getbuffer())
     return int(ends[-1]), len(lengths) - 1
-
 
 def build(folder: Path, corpus: Corpus, preset_name: str) -> None:
     """Writes every file of the data set into the folder."""
@@ -525,7 +477,6 @@ def build(folder: Path, corpus: Corpus, preset_name: str) -> None:
     meta |= {"dataset": corpus.name, "signature": corpus.signature, "fingerprint": fingerprint}
     write_text(folder / "meta.json", json.dumps(meta, indent=1))
 
-
 def build_whole(folder: Path, corpus: Corpus, preset_name: str) -> None:
     """Builds beside the folder, then renames: what is there is whole, and a failure leaves nothing."""
     partial_folder = folder.with_name(folder.name + ".partial")
@@ -537,7 +488,6 @@ def build_whole(folder: Path, corpus: Corpus, preset_name: str) -> None:
         os.replace(partial_folder, folder)
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
-
 
 def prepare(dataset: str | None, preset_name: str, num_shards: int) -> None:
     """Makes the data set the current one, and builds it unless it is there. A second process waits for the first."""
@@ -558,7 +508,6 @@ def prepare(dataset: str | None, preset_name: str, num_shards: int) -> None:
           f"{meta['rows']['val']} val and {meta['rows']['test']} test rows of {meta['seq_len']}.\n"
           "Next: `python train.py` makes one run, `python agent.py` a session.")
 
-
 def detect_preset() -> str:
     """The preset for this machine's hardware. Exit 2 if there is a GPU that torch cannot use."""
     if torch.backends.mps.is_available():
@@ -573,10 +522,8 @@ def detect_preset() -> str:
              "Install a torch build for its driver, or say `--preset cpu`.")
     return "datacenter" if torch.cuda.get_device_properties(0).total_memory >= 40e9 else "consumer"
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Probes: without what they ask for, a score means nothing
-
 
 @torch.no_grad()
 def probe(model: torch.nn.Module, x: torch.Tensor, vocab_size: int) -> str | None:
@@ -603,11 +550,9 @@ def probe(model: torch.nn.Module, x: torch.Tensor, vocab_size: int) -> str | Non
         return f"looks ahead: log probabilities at {position} change with tokens after {int(cuts[row])}"
     return None
 
-
 def secret_generator() -> torch.Generator:
     """Random numbers that no seed foretells and that disturb no other stream."""
     return torch.Generator().manual_seed(secrets.randbits(62))
-
 
 @contextlib.contextmanager
 def for_probing(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
@@ -633,10 +578,8 @@ def for_probing(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
         for stream, state in zip(streams, states):
             stream.set_rng_state(state)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # A run: what train.py uses
-
 
 def device_of(preset_name: str) -> torch.device:
     """The preset's device. Exit 2 if the machine has none."""
@@ -644,7 +587,6 @@ def device_of(preset_name: str) -> torch.device:
     if not {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}[kind]():
         stop(f"The data are for the {preset_name} preset, but torch finds no {kind} device: run `python prepare.py`.")
     return torch.device(kind)
-
 
 class Data:
     """A run's data. The training tokens, and the clock, come with start()."""
@@ -704,9 +646,7 @@ class Data:
     def expired(self) -> bool:
         return self.elapsed() >= self.budget_s
 
-
 _data: Data | None = None  # of this process; finish() reads its clock
-
 
 def load() -> Data:
     """The run's data; seeds random, numpy and torch. Exit 2 if nothing is prepared or the device is missing."""
@@ -718,10 +658,8 @@ def load() -> Data:
     torch.manual_seed(seed)
     return _data
 
-
 def under_agent() -> bool:
     return "AUTORESEARCH_HANDOVER_FD" in os.environ
-
 
 def receive_files() -> list:
     """Open files of train.bin and train_docs.npy, from agent.py, whose clock starts when it hands them over."""
@@ -731,7 +669,6 @@ def receive_files() -> list:
     if len(descriptors) != 2:
         stop("agent.py ended before it handed over the training tokens.")
     return [os.fdopen(descriptor, "rb") for descriptor in descriptors]
-
 
 def finish(model: torch.nn.Module, *, steps: int, tokens: int, **facts) -> None:
     """Writes checkpoint.pt and facts.json into the run's folder. By hand also scores, and exits as the scorer does."""
@@ -754,7 +691,6 @@ def finish(model: torch.nn.Module, *, steps: int, tokens: int, **facts) -> None:
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, __file__, "score", str(folder)])  # gives the device's memory back
 
-
 def peak_memory_mb(device_type: str) -> float:
     """MiB in use at most: of device memory, on the CPU of resident memory."""
     if device_type == "cuda":
@@ -764,10 +700,8 @@ def peak_memory_mb(device_type: str) -> float:
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Scoring
-
 
 def load_model(run_dir: Path, meta: dict) -> torch.nn.Module:
     """The run's model with its weights. What its code raises is not caught."""
@@ -777,7 +711,6 @@ def load_model(run_dir: Path, meta: dict) -> torch.nn.Module:
     model = train.build_model(meta["vocab_size"], meta["seq_len"])
     model.load_state_dict(torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True))
     return model
-
 
 @torch.no_grad()
 def nats_per_row(model: torch.nn.Module, rows: torch.Tensor, vocab_size: int) -> np.ndarray:
@@ -793,7 +726,6 @@ def nats_per_row(model: torch.nn.Module, rows: torch.Tensor, vocab_size: int) ->
         nats = cross_entropy(logits, y.reshape(-1), reduction="none").view(y.shape)
         sums.append((nats * (y < vocab_size - len(SPECIAL_TOKENS))).sum(dim=1))
     return torch.cat(sums).cpu().numpy().astype(np.float64)
-
 
 def measure(run_dir: Path, split: str) -> dict:
     """The content of score.json; writes the nats of every row beside it."""
@@ -813,7 +745,6 @@ def measure(run_dir: Path, split: str) -> dict:
     return {f"{split}_bpb": bpb, "split": split, "rows": len(rows), "bytes": meta["bytes"][split],
             "nats": float(nats.sum()), "seconds": time.monotonic() - began, "fingerprint": meta["fingerprint"]}
 
-
 def score(run_dir: Path, split: str) -> None:
     """Writes score.json, for test score-test.json, and prints the summary. Exit 3 if there is no honest score."""
     for name in ("train.py", "checkpoint.pt"):
@@ -826,7 +757,6 @@ def score(run_dir: Path, split: str) -> None:
     if "invalid" in result:
         stop(result["invalid"], 3)
     print_summary(result, read_json(run_dir / "facts.json"), current()[1])
-
 
 def print_summary(result: dict, facts: dict, meta: dict) -> None:
     """The original's lines. Facts are the run's own claims; one that is missing or no number counts as 0."""
@@ -847,10 +777,8 @@ def print_summary(result: dict, facts: dict, meta: dict) -> None:
         lines["original_factor"] = f"{meta['bytes'][split] / meta['original_bytes'][split]:.6f}"
     print("---", *(f"{name + ':':<17} {value}" for name, value in lines.items()), sep="\n")
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
-
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
     if words[:1] == ["score"]:
@@ -865,7 +793,6 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--cache", metavar="DIR", help="default: $AUTORESEARCH_CACHE, else ~/.cache/autoresearch")
     return parser.parse_args(words)
 
-
 def main() -> None:
     args = parse_arguments(sys.argv[1:])
     try:
@@ -879,7 +806,6 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         stop(f"No room left for {error.filename or cache_root()}: {error.strerror}.")
-
 
 if __name__ == "__main__":
     sys.modules["prepare"] = sys.modules["__main__"]  # train.py's `import prepare` must find this very module
