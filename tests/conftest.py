@@ -161,3 +161,21 @@ def server():
 
 def reply(edits, description="an idea", hypothesis="It should help."):
     return f"HYPOTHESIS: {hypothesis}\nEXPECTED: -0.002\nDESCRIPTION: {description}\n{edits}\n"
+
+
+@pytest.fixture(scope="session")
+def table(request):
+    """Rows (trick, property, verdict, caught where, where with the guard off) that the end of the output shows."""
+    request.config.stash[TABLE] = rows = []
+    return rows
+
+
+TABLE = pytest.StashKey()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash.get(TABLE, [])
+    if rows:
+        terminalreporter.section("tricks")
+        for row in [("trick", "property", "caught by", "with the guard off", "verdict"), *rows]:
+            terminalreporter.write_line("{:28}{:10}{:12}{:20}{}".format(*row))

@@ -106,22 +106,22 @@ def test_invalid_is_never_best(checkout, server):
 )
 def test_crashes_say_why(checkout, server, code, reason):
     dead = ["no repair"] * 4
-    llm(checkout, server, rewrite("    step = 0", code), *dead, experiments=2)
+    llm(checkout, server, rewrite("    step = 0", code), *dead, experiments=2, rules=False)
     assert (checkout.record()[1].status, checkout.record()[1].reason) == ("crash", reason)
 
 
 def test_a_run_that_hangs_is_killed_with_its_children(checkout, server):
     hang = (
         "    import subprocess, sys, time\n"
-        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "    open('child', 'w').write(str(child.pid)); time.sleep(600)"
+        f"    subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', '{checkout.root}'])\n"
+        "    print('hanging'); time.sleep(600)"
     )
     dead = ["no repair"] * 4
-    llm(checkout, server, rewrite("    step = 0", hang), *dead, experiments=2)
+    llm(checkout, server, rewrite("    step = 0", hang), *dead, experiments=2, rules=False)
     crash = checkout.record()[1]
     assert crash.status == "crash" and crash.reason == "timeout after 10 s"
-    pid = int((checkout.root / "runs" / crash.tag / "0002" / "child").read_text())
-    assert not alive(pid)
+    assert "hanging" in (checkout.root / "runs" / crash.tag / "0002" / "run.log").read_text()
+    assert subprocess.run(["pgrep", "-f", f"sleep.600.. {checkout.root}$"]).returncode == 1
 
 
 def test_a_run_that_never_asks_for_data_is_killed(checkout, server):
@@ -156,8 +156,11 @@ def test_a_model_that_breaks_a_rule_at_the_start_is_invalid(checkout, server):
     assert (r.status, r.reason, r.val_bpb, len(server.requests)) == ("invalid", "looks ahead", None, 1)
 
 
+STUMBLE = '    import time\n    return {"flaky_until": time.monotonic() + 1, "bpb": 1.01}'
+
+
 def test_scoring_that_stumbles_is_repeated_without_training(checkout, server):
-    llm(checkout, server, rewrite(MODEL_LINE, '    return {"flaky": True, "bpb": 1.01}'))
+    llm(checkout, server, rewrite(MODEL_LINE, STUMBLE))
     r = checkout.record()[1]
     folder = checkout.root / "runs" / r.tag / r.id
     assert r.status == "keep" and (folder / "score.log").read_text().count("RuntimeError: the scorer stumbled") == 1
@@ -179,7 +182,8 @@ def test_an_absurd_score_is_no_score(checkout, server, value):
 
 def test_a_run_sees_a_clean_environment(checkout, server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    llm(checkout, server, rewrite("    step = 0", "    step = 0\n    import os; print('ENV', sorted(os.environ))"))
+    look = "    step = 0\n    import os; print('ENV', sorted(os.environ))"
+    llm(checkout, server, rewrite("    step = 0", look), rules=False)
     r = checkout.record()[1]
     log = (checkout.root / "runs" / r.tag / r.id / "run.log").read_text()
     assert "AUTORESEARCH_SEED" in log and "OPENAI" not in log
@@ -196,7 +200,7 @@ def test_a_key_never_reaches_the_commits(checkout, server, monkeypatch):
 def test_what_is_scored_and_committed_is_what_was_proposed(checkout, server):
     """A run that rewrites its own file changes nothing: not the score, not the commit, not the checkout."""
     sly = "    open('train.py', 'w').write('raise SystemExit'); step = 0"
-    llm(checkout, server, rewrite("    step = 0", sly) + "SET BPB = 1.0\n")
+    llm(checkout, server, rewrite("    step = 0", sly) + "SET BPB = 1.0\n", rules=False)
     keep = checkout.record()[1]
     assert keep.status == "keep" and sly in checkout.text() == agent.file_at(checkout.config(), keep.commit, "train.py")
 
@@ -507,6 +511,7 @@ def test_a_second_session_is_refused(checkout, server):
 def test_a_record_is_not_interrupted(checkout):
     """Ctrl-C in the middle waits for the end, also when another thread could take the signal, as numpy's do."""
     pytest.importorskip("numpy")
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # whatever started the tests may ignore it
     other = threading.Thread(target=time.sleep, args=(2,))
     other.start()
     done = []
@@ -549,7 +554,7 @@ def test_resume_goes_on_from_the_best_at_the_next_id(checkout, server):
     [
         scored(1.05, "\nSET RATE = 2.0"),
         rewrite("    step = 0", "    raise TypeError('no')"),
-        rewrite("    step = 0", "    import os; prepare.finish and os._exit(0)"),
+        rewrite("    step = 0", "    raise SystemExit(0)"),
     ],
     ids=["tie", "crash", "no checkpoint"],
 )
@@ -570,7 +575,7 @@ def test_a_commit_of_the_user_gets_a_new_baseline(checkout, server):
     path.write_text(path.read_text().replace("BPB = 1.05", "BPB = 1.5"))
     checkout.git("-c", "user.name=u", "-c", "user.email=u@u", "commit", "-qam", "my own idea")
     mine = checkout.git("rev-parse", "HEAD")
-    llm(checkout, server, scored(1.4))
+    llm(checkout, server, scored(1.45))
     base, keep = checkout.record()[2:]
     assert (base.proposer, base.parent, base.val_bpb) == ("baseline", mine, 1.5) and keep.status == "keep"
     assert checkout.git("rev-parse", "HEAD") == keep.commit

@@ -368,6 +368,23 @@ def test_a_loss_that_is_not_finite_ends_the_run(data_cache, tmp_path):
     assert re.fullmatch(r"NaN loss at step \d+", done.stderr.splitlines()[-1])
 
 
+def test_importing_it_loads_no_compiler():
+    code = "import sys, train; print({'torch._dynamo', 'torch._inductor'} & {*sys.modules})"  # seconds of every scoring
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.slow
+def test_flex_attention_is_the_windowed_one_inside_a_compiled_function_and_alone():
+    if not train.can_compile("cpu"):
+        pytest.skip("no C++ compiler")
+    q, k, v = torch.randn(3, 2, 2, 256, 32)
+    mask = train.create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < 64), None, None, 256, 256, device="cpu")
+    expected = train.attend(q, k, v, 64, None)
+    for attend in (train.attend, torch.compile(train.attend, dynamic=False, fullgraph=True)):
+        torch.testing.assert_close(attend(q, k, v, 64, mask), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_compiled_functions_compute_what_they_say():
     if not train.can_compile("cpu"):

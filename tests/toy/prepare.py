@@ -22,14 +22,18 @@ def active_preset():
     return meta()["preset"]
 
 
+def receive():
+    """The message and the open files that agent.py hands over."""
+    with socket.socket(fileno=int(os.environ["AUTORESEARCH_HANDOVER_FD"])) as harness:
+        harness.sendall(b"start\n")
+        return socket.recv_fds(harness, 128, 2)[:2]
+
+
 class Data:
     vocab_size, seq_len = 256, 16
 
     def start(self, model):
-        with socket.socket(fileno=int(os.environ["AUTORESEARCH_HANDOVER_FD"])) as harness:
-            harness.sendall(b"start\n")
-            _, fds, _, _ = socket.recv_fds(harness, 64, 2)
-        assert os.read(fds[0], 16) == b"the train tokens"
+        assert os.read(receive()[1][0], 16) == b"the train tokens"
         self.began = time.monotonic()
 
     def progress(self):
@@ -54,19 +58,21 @@ def finish(model, **facts):
 def bpb(m):
     """Lowest, 1.0, at rate 3, decay 0.6, rows 256, depth 6."""
     off = (math.log(m["rate"] / 3), m["decay"] - 0.6, math.log2(m["rows"] / 256), (m["depth"] - 6) / 4)
-    return 1 + 0.02 * sum(x * x for x in off)
+    return 1 + 0.01 * sum(x * x for x in off)
 
 
 def score(folder):
+    secret, (rows,) = receive()
+    assert os.read(rows, 12) == b"the val rows"
     model = json.loads((folder / "checkpoint.pt").read_text())
     if "invalid" in model:
         (folder / "score.json").write_text(json.dumps({"invalid": model["invalid"]}))
         sys.exit(3)
-    if "flaky" in model and not (folder / "flaky").exists():
-        (folder / "flaky").touch()
+    if model.get("flaky_until", 0) > time.monotonic():
+        time.sleep(model["flaky_until"] - time.monotonic())
         raise RuntimeError("the scorer stumbled")
     value = bpb(model) if model.get("bpb") is None else model["bpb"]
-    (folder / "score.json").write_text(json.dumps({"val_bpb": value, "fingerprint": meta()["fingerprint"]}))
+    (folder / "score.json").write_text(json.dumps({"val_bpb": value, "fingerprint": meta()["fingerprint"], "secret": secret.decode()}))
 
 
 def make():
@@ -74,6 +80,7 @@ def make():
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.bin").write_bytes(b"the train tokens")
     (folder / "train_docs.npy").write_bytes(b"docs")
+    (folder / "val.bin").write_bytes(b"the val rows")
     meta = {"format": 1, "dataset": "toy", "preset": "cpu", "fingerprint": os.environ.get("TOY_FINGERPRINT", "f00d")}
     (folder / "meta.json").write_text(json.dumps(meta))
     (CACHE / "current").write_text(folder.name)
