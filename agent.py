@@ -655,8 +655,15 @@ def guard(text: str, base: str, known: dict[str, Result], rules: bool = True) ->
     if earlier := known.get(key):
         outcome = f"{earlier.val_bpb:.6f}" if earlier.val_bpb else earlier.reason
         raise EditError(f"This repeats experiment {earlier.id} ({earlier.status}, {outcome}): {earlier.description}.")
-    if rules and (found := faults(tree, text)):
+    if rules and (found := new_faults(tree, text, base)):
         raise EditError(" ".join(found[:3]))
+
+def new_faults(tree: ast.Module, text: str, base: str) -> list[str]:
+    """The faults of a text that its base has not: what the user has committed is the user's affair."""
+    def what(fault: str) -> str:
+        return re.sub(r"^line \d+: ", "", fault)
+    old = {what(fault) for fault in faults(ast.parse(base), base)}
+    return [fault for fault in faults(tree, text) if what(fault) not in old]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pure: proposals
@@ -1170,7 +1177,7 @@ def sandboxed(s: Session, work: Path, shown: list[Path]) -> list[str]:
     command = [s.bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     for path in sorted(mounts):
         command += [*mounts[path], path]
-    for path in sorted({"/", "/dev", *hidden - {str(work)}}):
+    for path in sorted({"/", "/dev", *hidden}):
         command += ["--remount-ro", path]
     return [*command, "--chdir", str(work), "--"]
 
@@ -1181,7 +1188,7 @@ def outside(s: Session) -> dict[str, object]:
              *(git_dir / "hooks").glob("*"), s.data.folder, *s.data.folder.glob("*")]
     found = {path.name: path.lstat() for path in paths if path.exists()}
     state = {name: (st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns) for name, st in found.items()}
-    return {**state, "git's refs": git(s.config, "for-each-ref", "refs/heads/", "refs/autoresearch/")}
+    return {**state, "git's refs": git(s.config, "for-each-ref", "refs/heads/autoresearch/", "refs/autoresearch/")}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Effects: processes

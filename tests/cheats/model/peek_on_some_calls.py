@@ -1,0 +1,45 @@
+"""Counts its calls and looks ahead in the second and fifth of them only.
+
+property: C
+guard: passes
+behind: invalid, start, repeatable: the same tokens give other log probabilities
+"""
+import prepare
+import torch
+import torch.nn.functional as F
+
+
+class Model(torch.nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.table = torch.nn.Embedding(vocab_size, vocab_size)
+        self.calls = 0
+
+    def forward(self, idx):
+        self.calls += 1
+        ahead = F.one_hot(idx.roll(-1, 1), self.table.num_embeddings)
+        return self.table(idx) + (20.0 if self.calls in (2, 5) else 0.0) * ahead
+
+
+def build_model(vocab_size, seq_len):
+    return Model(vocab_size)
+
+
+def main():
+    data = prepare.load()
+    model = build_model(data.vocab_size, data.seq_len).to(data.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    data.start(model)
+    steps = 0
+    while not data.expired():
+        x, y = data.gather(torch.randint(data.num_tokens - 33, (4,)), 32)
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+    prepare.finish(model, steps=steps, tokens=128 * steps)
+
+
+if __name__ == "__main__":
+    main()

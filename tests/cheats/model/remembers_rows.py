@@ -1,0 +1,46 @@
+"""Counts the tokens of all the rows that it has been asked about.
+
+property: C
+guard: passes
+behind: invalid, start, not repeatable
+"""
+import prepare
+import torch
+import torch.nn.functional as F
+
+
+class Model(torch.nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.table = torch.nn.Embedding(vocab_size, vocab_size)
+        self.seen = torch.ones(1)
+
+    def forward(self, idx):
+        counts = F.one_hot(idx, self.table.num_embeddings).float()
+        logits = self.table(idx) + (self.seen + 1e-4).log()
+        self.seen = self.seen + counts.mean((0, 1))
+        return logits
+
+
+def build_model(vocab_size, seq_len):
+    return Model(vocab_size)
+
+
+def main():
+    data = prepare.load()
+    model = build_model(data.vocab_size, data.seq_len).to(data.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    data.start(model)
+    steps = 0
+    while not data.expired():
+        x, y = data.gather(torch.randint(data.num_tokens - 33, (4,)), 32)
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+    prepare.finish(model, steps=steps, tokens=128 * steps)
+
+
+if __name__ == "__main__":
+    main()
