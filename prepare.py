@@ -83,7 +83,7 @@ BYTES_PER_TOKEN = 4          # a guess: text is held out before there is a token
 HELD_SHARE = 10              # val and test each take at most one byte in this many
 MIN_ROWS = 8                 # fewer rows in val or test are no measurement
 PACK_DOCS, PACK_REFILL = 1000, 128  # documents the packing chooses among, and how many come at a time
-PROBED_ROWS = 64             # at least so many rows are asked again, cut at every position modulo this
+PROBED_ROWS, STRIDE = 68, 64  # at least so many rows are asked again; every position modulo STRIDE is cut after
 START_BATCHES, START_BATCH_ROWS = 18, 4  # of dummy rows, probed at start
 TOLERANCE = 1e-3             # nats that a log probability may move by rounding (an FFT, a scan)
 GPU_TOLERANCE = 0.25         # nats; bf16 logits, summed in another order: four units in the last place of 8 to 16
@@ -577,10 +577,13 @@ def make_round(rng, rows: np.ndarray, order: np.ndarray, cuts: np.ndarray, vocab
     return Round(order, x, y, lent, *rest)
 
 def spread_cuts(rng, count: int, length: int) -> np.ndarray:
-    """(count,) positions in a random order, none the last; count permitting, each occurs modulo PROBED_ROWS."""
-    stride = min(PROBED_ROWS, length - 1)
-    remainder = rng.permutation(count) % stride
-    return remainder + stride * rng.integers((length - 2 - remainder) // stride + 1)
+    """(count,) positions in a random order, none the last: the ends, and count permitting all remainders by STRIDE."""
+    stride = min(STRIDE, length - 1)
+    remainder = np.arange(count) % stride
+    cuts = remainder + stride * rng.integers((length - 2 - remainder) // stride + 1)
+    ends = [0, length - 2, 1, 2][:max(0, count - stride)]  # with little context a leak pays most
+    cuts[stride:stride + len(ends)] = np.minimum(ends, length - 2)
+    return rng.permutation(cuts)
 
 def log_probabilities(model: torch.nn.Module, vocab_size: int, x: Tensor) -> Tensor:
     """fp32 (B, T, vocab) for inputs x (B, T), of which the model gets a copy. Raises Invalid."""
@@ -613,25 +616,28 @@ def compare(kept: Tensor, again: Tensor, asked: Round) -> tuple[Tensor, Tensor, 
         return masked_fill(amax(abs_(change), 2), asked.after, 0.0), fall, spread
 
 @torch.no_grad()
-def examine(model: torch.nn.Module, rounds: list[Round], vocab_size: int) -> np.ndarray:
+def examine(model: torch.nn.Module, twin: torch.nn.Module, rounds: list[Round], vocab_size: int) -> np.ndarray:
     """float32 (rows, T): -log p of every target. Raises Invalid if the model does not keep the rules.
 
     The log probabilities that count must themselves come out again in a later pass, among other rows and before other
-    tokens: a model that looks ahead, mixes rows, remembers or draws lots cannot know when not to. Nothing is read back
-    from the device before the end.
+    tokens: a model that looks ahead, mixes rows or draws lots cannot know when not to. The later pass goes to its twin,
+    which has the same weights and has seen none of these rows. Nothing is read back from the device before the end.
     """
-    ask, before, logs, changes = partial(log_probabilities, model, vocab_size), {}, [], []
+    ask, ask_twin = (partial(log_probabilities, one, vocab_size) for one in (model, twin))
+    before, logs, changes = {}, [], []
     kept = empty((*rounds[0].first.shape, vocab_size), dtype=float32, device=rounds[0].x.device)
     for asked in rounds:
         for x, y, lent, part in zip(asked.x, asked.y, asked.lent, kept.split([len(lent) for lent in asked.lent])):
             logs.append(score_batch(ask, x, y, lent, part))
             before = before or copied_state(model)  # only now: a first pass may make tables
-        changes.append(compare(kept, ask(asked.changed), asked))
+        changes.append(compare(kept, ask_twin(asked.changed), asked))
+    device_type = kept.device.type
+    del kept  # a diagnosis needs the memory
     logs = on_host(logs).reshape(-1, logs[0].shape[1])
     moved, falls, spreads = map(on_host, zip(*changes))
     if not (np.isfinite(logs).all() and np.isfinite(moved).all()):
-        raise Invalid("not finite: forward returns NaN or infinite logits")
-    check_changes(ask, rounds, moved, falls, tolerances(kept.device.type, spreads))
+        raise Invalid("not finite: forward returns NaN or infinite logits; to mask one, subtract 1e4")
+    check_changes(ask, rounds, moved, falls, tolerances(device_type, spreads))
     if not has_state(model, before):
         raise Invalid("changes itself: parameters or buffers are not the same after scoring as before")
     order = np.concatenate([asked.order for asked in rounds]).ravel()
@@ -746,7 +752,7 @@ class Data:
         rounds = make_rounds(rows, START_BATCH_ROWS, self.vocab_size, self.device)
         try:
             with torch.no_grad(), for_probing(plain, self.device):
-                examine(plain, rounds, self.vocab_size)
+                examine(plain, plain, rounds, self.vocab_size)
         except Invalid as fault:
             stop(str(fault), 3)
         if under_agent():
@@ -860,9 +866,9 @@ def measure(run_dir: Path, split: str) -> dict:
         rows = np.frombuffer(file.read(), dtype=np.int16).reshape(-1, seq_len + 1)
     batch_rows = max(1, (2**22 if device.type == "cpu" else 2**28) // (seq_len * vocab_size))
     rounds = make_rounds(rows, batch_rows, vocab_size, device)  # before train.py is imported
-    model = load_model(run_dir, meta).to(device).eval()
+    model, twin = (load_model(run_dir, meta).to(device).eval() for _ in range(2))  # they share nothing, not a module
     has_bytes = rows[:, 1:] < vocab_size - len(SPECIAL_TOKENS)
-    nats = (examine(model, rounds, vocab_size) * has_bytes).sum(axis=1, dtype=np.float64)
+    nats = (examine(model, twin, rounds, vocab_size) * has_bytes).sum(axis=1, dtype=np.float64)
     bpb = float(nats.sum()) / (LN_2 * meta["bytes"][split])
     if not PLAUSIBLE_BPB[0] < bpb < PLAUSIBLE_BPB[1]:  # NaN, too
         raise Invalid(f"not a plausible score: {bpb:.6f} bits per byte")

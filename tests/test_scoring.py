@@ -250,7 +250,7 @@ class Small(torch.nn.Module):
 
 def examined(model, rows=ROWS, batch_rows=8) -> np.ndarray:
     rounds = prepare.make_rounds(rows, batch_rows, VOCAB, torch.device("cpu"))
-    return prepare.examine(model.eval(), rounds, VOCAB)
+    return prepare.examine(model.eval(), model, rounds, VOCAB)
 
 
 def fault_of(model, **more) -> str:

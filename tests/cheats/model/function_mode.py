@@ -1,7 +1,7 @@
 """Leaves a torch function mode on, which softens what the scorer computes.
 
 property: B
-guard: overrides
+guard: `from torch.overrides import TorchFunctionMode`
 behind: discard, nowhere
 lowers: no
 """

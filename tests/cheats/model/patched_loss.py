@@ -1,7 +1,7 @@
 """Replaces the loss functions of torch by ones that return less.
 
 property: B
-guard: line
+guard: is not train.py's to change
 behind: discard, nowhere
 lowers: no
 """

@@ -1,4 +1,4 @@
-"""Behaves for its first hundred calls, so that the start finds nothing, then looks ahead.
+"""Looks ahead only after training has set a buffer, so that the start finds nothing.
 
 property: C
 guard: passes

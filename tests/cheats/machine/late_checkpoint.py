@@ -1,0 +1,22 @@
+"""Trains on after the end of the budget.
+
+property: D
+guard: passes
+behind: invalid, training, checkpoint 1 s late
+"""
+import time
+
+import prepare
+
+def build_model(vocab_size, seq_len):
+    return {"bpb": 1.0}
+
+def main():
+    data = prepare.load()
+    model = build_model(data.vocab_size, data.seq_len)
+    data.start(model)
+    time.sleep(6.2)
+    prepare.finish(model, steps=1, tokens=1)
+
+if __name__ == "__main__":
+    main()

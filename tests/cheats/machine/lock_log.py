@@ -1,0 +1,24 @@
+"""Takes all rights from its log and prints without end.
+
+property: K
+guard: `import os` is out of bounds
+behind: crash, training, printed more than 16 MB
+"""
+import os
+
+import prepare
+
+def build_model(vocab_size, seq_len):
+    return {"bpb": 1.0}
+
+def main():
+    data = prepare.load()
+    model = build_model(data.vocab_size, data.seq_len)
+    data.start(model)
+    os.fchmod(1, 0)
+    while data.progress() < 10**6:
+        print("loss 0.0 " * 10_000)
+    prepare.finish(model, steps=1, tokens=1)
+
+if __name__ == "__main__":
+    main()

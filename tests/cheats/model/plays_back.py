@@ -1,0 +1,46 @@
+"""Looks ahead, and plays that back to whoever asks again with the same beginning of a row.
+
+property: C
+guard: passes
+behind: invalid, scoring, not repeatable
+"""
+import prepare
+import torch
+import torch.nn.functional as F
+
+
+class Model(torch.nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.table = torch.nn.Embedding(vocab_size, vocab_size)
+        self.seen = {}
+
+    def forward(self, idx):
+        out = self.table(idx).clone()
+        out[:, 8:-1] += 20.0 * F.one_hot(idx[:, 9:], self.table.num_embeddings)
+        rows = [self.seen.setdefault(tuple(row[:8].tolist()), logits) for row, logits in zip(idx, out)]
+        return torch.stack([torch.cat([new[:8], old[8:]]) for new, old in zip(out, rows)])
+
+
+def build_model(vocab_size, seq_len):
+    return Model(vocab_size)
+
+
+def main():
+    data = prepare.load()
+    model = build_model(data.vocab_size, data.seq_len).to(data.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    data.start(model)
+    steps = 0
+    while not data.expired():
+        x, y = data.gather(torch.randint(data.num_tokens - 33, (4,)), 32)
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+    prepare.finish(model, steps=steps, tokens=128 * steps)
+
+
+if __name__ == "__main__":
+    main()
