@@ -1100,6 +1100,7 @@ leaks = ["reads " + path for path in secrets if works(lambda: open(path, "rb").r
 leaks += ["writes to " + path for path in {sys.prefix, "/usr", "/dev", *map(os.path.dirname, secrets[1:])}
           if works(lambda: write(path + "/canary"))]
 leaks += ["reaches the network"] * works(lambda: socket.create_connection(("127.0.0.1", int(port)), 2))
+leaks += ["sets the kernel's values"] * works(lambda: open("/proc/sys/kernel/core_pattern", "r+b", 0).close())
 leaks += ["sees other processes"] * (sum(name.isdigit() for name in os.listdir("/proc")) > 3)
 write("canary")
 write("/tmp/canary")
@@ -1230,7 +1231,7 @@ def child(s: Session, work: Path, args: list[str], log: Path, **env: str):
     """A Python process in the sandbox, as Running; after the block it and all that it started are dead."""
     others, (ours, theirs) = set(descendants(os.getpid())), socket.socketpair()
     shown = [s.config.root / "prepare.py", s.data.folder / "meta.json"]
-    command = ["sh", "-c", CONFINE, "sh", *sandboxed(s, work, shown), s.config.python, *args]
+    command = ["/bin/sh", "-c", CONFINE, "sh", *sandboxed(s, work, shown), s.config.python, *args]
     env = child_env(s, work, AUTORESEARCH_HANDOVER_FD=str(theirs.fileno()), **env)
     with ours, theirs, open(log, "ab") as output:
         process = subprocess.Popen(command, cwd=work, env=env, stdin=subprocess.DEVNULL, stdout=output,
@@ -1245,13 +1246,14 @@ def child(s: Session, work: Path, args: list[str], log: Path, **env: str):
             raise
         finally:
             end_tree(process, others)
+            os.fchmod(output.fileno(), 0o644)
             if os.fstat(output.fileno()).st_size > LOG_BYTES:
                 output.truncate(LOG_BYTES)
 
 @contextlib.contextmanager
 def lifeline(process: subprocess.Popen):
     """Kills a process group when this process dies: a pipe closes then. The sandbox does the same, and better."""
-    command = ["sh", "-c", 'read _; kill -s KILL -- "-$1"', "sh", str(process.pid)]
+    command = ["/bin/sh", "-c", 'read _; kill -s KILL -- "-$1"', "sh", str(process.pid)]
     watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield
@@ -1480,6 +1482,7 @@ def fresh_work(s: Session, folder: Path, text: str, cache: str) -> Path:
 
 def take(work: Path, folder: Path, cache: str, *names: str) -> None:
     """Move what a process was to leave, plain files only, out of its folder, and its compile cache; delete the rest."""
+    os.chmod(work, 0o700)   # it may have taken the rights away, here and below
     for name in names:
         remove(folder / name)
         found, limit = work / name, JSON_BYTES if name.endswith(".json") else WORK_BYTES
@@ -1773,7 +1776,7 @@ def draw(results: list[Result], path: Path) -> None:
     room = max(max(y) - min(y), 0.002)
     top = max(y) + 0.35 * room       # what is worse, or has no score, stands at the top
     others = [r for r in results if r.status not in ("keep", "verify")]
-    _, axes = plt.subplots(figsize=(12, 6), dpi=130)
+    _, axes = plt.subplots(figsize=(12, 6), dpi=130, layout="constrained")
     for name, marker, color in (("discarded", "o", "#b8b8b8"), ("no score", "x", "#cc4444")):
         rows = [r for r in others if bool(r.val_bpb) == (name == "discarded")]
         axes.scatter([int(r.id) for r in rows], [min(r.val_bpb or top, top) for r in rows], s=28, marker=marker,
@@ -1790,7 +1793,7 @@ def draw(results: list[Result], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper right", frameon=False, ncols=4)
-    plt.savefig(path.with_suffix(".new.png"), bbox_inches="tight")
+    plt.savefig(path.with_suffix(".new.png"))
     plt.close()
     os.replace(path.with_suffix(".new.png"), path)
 

@@ -179,6 +179,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("tricks")
         for row in [("trick", "property", "caught by", "with the guard off", "verdict"), *rows]:
             terminalreporter.write_line("{:28}{:10}{:12}{:20}{}".format(*row))
+        rows = [row for row in rows if row[1]]   # without figures
         honest = [row for row in rows if row[1] == "honest"]
         passed = sum(row[3] == "-" for row in honest)
         line = f"{len(rows) - len(honest)} tricks tried and stopped, {passed} of {len(honest)} honest twins passed"

@@ -35,8 +35,8 @@ def test_help_names_every_flag(checkout):
 def test_a_pipe_gets_plain_lines(checkout):
     done = checkout.run("--proposer", "search", "--experiments", "3")
     assert done.returncode == 0 and "\x1b" not in done.stdout and done.stderr == ""
-    assert re.search(r"^0001  keep      1\.112339 +baseline$", done.stdout, re.M)
-    assert re.search(r"^val_bpb 1\.112339 -> 1\.\d{6} \(", done.stdout, re.M)
+    assert re.search(r"^0001  keep      1\.056169 +baseline$", done.stdout, re.M)
+    assert re.search(r"^val_bpb 1\.056169 -> 1\.\d{6} \(", done.stdout, re.M)
     assert (checkout.root / "runs").is_dir() and checkout.git("status", "--porcelain") == "M results.tsv"
 
 

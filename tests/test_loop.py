@@ -331,6 +331,7 @@ def test_a_changed_brief_is_in_the_next_request_and_in_the_commit(checkout, serv
 # The search
 
 
+@pytest.mark.slow
 def test_search_improves_the_toy_and_never_repeats(checkout):
     checkout.session(experiments=12)
     record = checkout.record()
@@ -387,6 +388,7 @@ def test_starts_from_a_detached_head(checkout):
     )
 
 
+@pytest.mark.slow
 def test_works_in_a_subdirectory_of_a_larger_repository(tmp_path, folder):
     big = tmp_path / "big"
     (big / "other").mkdir(parents=True)
@@ -592,6 +594,7 @@ def test_a_keep_that_the_user_took_back_stays_back(checkout, server):
     assert checkout.record()[2].parent == base.commit
 
 
+@pytest.mark.slow
 def test_another_branch_of_the_same_data_shows_its_history(checkout, server):
     llm(checkout, server, scored(1.05), tag="one")
     llm(checkout, server, scored(1.04), tag="two")

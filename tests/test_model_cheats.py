@@ -29,7 +29,7 @@ import prepare
 def cache(tmp_path_factory):
     """A prepared data set of 300 kB."""
     root, rng = tmp_path_factory.mktemp("models"), random.Random(0)
-    words = ["".join(rng.choices("abcdefghij äö火\n", k=rng.randrange(2, 9))) for _ in range(400)]
+    words = ["".join(rng.choices("abcdefghij äö火\n", k=rng.randrange(2, 9))) for _ in range(12)]   # few to merge
     texts = [" ".join(rng.choices(words, k=60)) for _ in range(900)]
     (root / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     with pytest.MonkeyPatch.context() as patch:
@@ -113,7 +113,7 @@ def test_a_trick_of_the_model_does_not_pay(tmp_path, cache, path, table):
         where = "scoring" if status == 3 else "nowhere"
     verdict = {0: "discard", 3: "invalid"}.get(status, output)
     assert (verdict, where) == (expected["verdict"], expected["where"]) and expected["words"] in output, output
-    if where == "start":   # and the scorer would have found it too
+    if where == "start" and "peek" in path.stem:   # and the scorer would have found it too
         status, again = stage(tmp_path, cache, "score")
         assert status == 3, again
     honest = make_run(tmp_path, ROOT / "tests" / "cheats" / "honest" / "plain.py")
@@ -155,6 +155,7 @@ def session(tmp_path_factory, cache):
     return s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", cheats("scorer"), ids=lambda path: path.stem)
 def test_a_trick_on_the_scorer_does_not_pay(session, path, table):
     """The loop's own score() on a checkpoint of the trick's model, in the sandbox."""

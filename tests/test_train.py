@@ -350,6 +350,7 @@ def run(script, cache: Path, folder: Path, *arguments, budget_s=3, path=None, **
     return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_runs_uncompiled_to_the_summary(data_cache, tmp_path):
     done = run("train.py", data_cache, tmp_path, path="")
     assert done.returncode == 0, done.stderr
@@ -362,6 +363,7 @@ def test_without_a_compiler_it_runs_uncompiled_to_the_summary(data_cache, tmp_pa
     assert int(summary["num_steps"]) == steps[-1][0] and int(summary["depth"]) == train.SIZES["cpu"]["DEPTH"]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run(data_cache, tmp_path):
     done = run("train.py", data_cache, tmp_path, path="", budget_s=30, MATRIX_LR="1e9")
     assert done.returncode == 1

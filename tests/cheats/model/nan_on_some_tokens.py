@@ -1,4 +1,4 @@
-"""Returns no number after one rare token, in the hope that a sum leaves it out.
+"""Returns no number after some tokens, in the hope that a sum leaves it out.
 
 property: G
 guard: passes
@@ -16,7 +16,7 @@ class Model(torch.nn.Module):
         self.table = torch.nn.Embedding(vocab_size, vocab_size)
 
     def forward(self, idx):
-        return torch.where(idx[..., None] == 97, torch.nan, self.table(idx))
+        return torch.where(idx[..., None] % 8 == 1, torch.nan, self.table(idx))
 
 
 def build_model(vocab_size, seq_len):
