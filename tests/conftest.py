@@ -35,6 +35,7 @@ class Checkout:
                 "proposer": "search",
                 "outage_s": 1.0,
                 "startup_s": 5.0,
+                "sandbox": "off",  # test_cheats.py and test_end_to_end.py run with it
                 **more,
             }
         )

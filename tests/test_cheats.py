@@ -260,7 +260,7 @@ def test_without_the_sandbox_the_harm_is_done(victim, path, monkeypatch):
 def session(checkout, monkeypatch):
     """A session on a checkout whose baseline has been measured."""
     monkeypatch.setattr(agent, "draw", lambda *_: None)  # seconds for a picture that nobody looks at
-    checkout.session(experiments=1)
+    checkout.session(experiments=1, sandbox="auto")
     return opened(checkout, sandbox="off" if no_sandbox() else "require")
 
 
@@ -345,7 +345,7 @@ def test_a_required_sandbox_that_cannot_be_had_ends_the_session(checkout, monkey
 @pytest.mark.parametrize("broken", [[], ["/bin/false"]])
 def test_without_a_sandbox_the_session_says_so_loudly_and_goes_on(checkout, monkeypatch, capsys, broken):
     monkeypatch.setattr(agent, "bubblewraps", lambda: broken)
-    assert checkout.session(experiments=1) == 0
+    assert checkout.session(experiments=1, sandbox="auto") == 0
     assert re.search(r"^NO SANDBOX .*read your files, use the network", capsys.readouterr().out, re.M)
     assert [r.status for r in checkout.record()] == ["keep"]
 
@@ -372,7 +372,7 @@ def test_a_sandbox_that_leaks_is_refused(checkout, sandbox, monkeypatch, hole, l
     whole = agent.sandboxed
     monkeypatch.setattr(agent, "sandboxed", leaky)
     with pytest.raises(agent.UserError, match=f"the sandbox leaks: it .*{re.escape(named(leak))}"):
-        checkout.session(experiments=1)
+        checkout.session(experiments=1, sandbox="auto")
     assert checkout.record() == []
 
 

@@ -152,7 +152,12 @@ def test_several_models_are_named(checkout, server):
 
 
 @pytest.mark.parametrize(
-    "number, when", [(signal.SIGINT, "training"), (signal.SIGTERM, "training"), (signal.SIGINT, "asking")]
+    "number, when",
+    [
+        (signal.SIGINT, "training"),
+        pytest.param(signal.SIGTERM, "training", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "asking", marks=pytest.mark.slow),
+    ],
 )
 def test_ctrl_c_ends_cleanly(checkout, server, number, when):
     """Exit 130 within ten seconds, the children gone, every row whole."""

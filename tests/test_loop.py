@@ -485,6 +485,7 @@ def test_edits_of_the_user_during_a_session_stop_it(checkout, server):
     assert checkout.text().endswith("# mine\n")
 
 
+@pytest.mark.slow
 def test_a_keep_does_not_overwrite_an_edit_made_while_it_trained(checkout, server):
     def meddle():
         time.sleep(0.6)

@@ -688,6 +688,7 @@ def test_a_run_whose_agent_is_gone_ends(tmp_path):
     assert process.returncode == 2 and "ended before it handed over" in errors
 
 
+@pytest.mark.slow
 def test_by_hand_a_run_scores_itself(tmp_path):
     run_dir = make_run(tmp_path / "checkout")
     shutil.copy(PREPARE, run_dir)
