@@ -1240,10 +1240,6 @@ def child(s: Session, work: Path, args: list[str], log: Path, **env: str):
         try:
             with contextlib.nullcontext() if s.bwrap else lifeline(process):
                 yield Running(process, ours, output)
-        except BaseException:
-            end_tree(process, others)
-            remove(work)
-            raise
         finally:
             end_tree(process, others)
             os.fchmod(output.fileno(), 0o644)
@@ -1820,9 +1816,12 @@ def attempt(s: Session, text: str, id: str, number: int = 0, seed: int = SEED) -
     """Train a text and score it in a fresh folder; once more where the machine slept meanwhile."""
     before = None if s.bwrap else outside(s)
     folder = fresh_folder(s, id, number, text)
-    while (run := train(s, folder, text, seed)).status == "void":
-        s.screen.say(f"      {id}: {run.reason} during the run; it is run again")
-    verdict = Score() if run.status else score(s, folder, text)
+    try:
+        while (run := train(s, folder, text, seed)).status == "void":
+            s.screen.say(f"      {id}: {run.reason} during the run; it is run again")
+        verdict = Score() if run.status else score(s, folder, text)
+    finally:
+        remove(folder / "work")   # of a run that Ctrl-C has cut off, too
     if verdict.status:
         run = replace(run, log=log_tail(folder / "score.log"))
     if before is not None and (changed := before.items() ^ outside(s).items()):
