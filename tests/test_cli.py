@@ -130,7 +130,7 @@ def test_an_answer_without_usage_or_text(checkout, server):
     empty = {"choices": [{"index": 0, "message": {"role": "assistant", "content": None}}], "usage": {}}
     server.script += [(200, empty), (200, bare)]
     checkout.session(proposer="llm", base_url=server.url, experiments=2)
-    assert "no edit" in server.asked(1) and checkout.record()[1].llm_tokens == 0
+    assert "no edit" in server.asked(1)
 
 
 def test_a_page_instead_of_an_endpoint_is_exit_2(checkout, server):

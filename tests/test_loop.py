@@ -279,8 +279,9 @@ def test_a_repeat_is_refused_with_the_earlier_row(checkout, server):
 
 
 def test_a_model_that_never_makes_sense_is_replaced_by_the_search(checkout, server):
-    llm(checkout, server, *["nothing"] * 12, experiments=2)
-    assert len(server.requests) == 12 and checkout.record()[1].proposer == "search"
+    llm(checkout, server, *["nothing"] * 20, experiments=2, outage_s=30.0)
+    row = checkout.record()[1]
+    assert len(server.requests) == 20 and row.proposer == "search" and row.llm_tokens == 2000
 
 
 def test_mix_alternates(checkout, server):
@@ -521,7 +522,7 @@ def test_a_record_is_not_interrupted(checkout):
     other.start()
     done = []
     with pytest.raises(KeyboardInterrupt):
-        with agent.uninterrupted():
+        with agent.uninterrupted(agent.opened(checkout.config(), agent.Screen())[0]):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.2)
             done.append(True)
@@ -595,6 +596,12 @@ def test_a_keep_that_the_user_took_back_stays_back(checkout, server):
     assert checkout.record()[2].parent == base.commit
 
 
+def test_a_keep_that_the_user_takes_back_without_a_commit_is_the_users(checkout, server):
+    llm(checkout, server, scored(1.05))
+    checkout.git("checkout", "-q", "main", "--", "train.py")
+    assert "changed and not committed" in error_of(checkout) and "BPB = None" in checkout.text()
+
+
 @pytest.mark.slow
 def test_another_branch_of_the_same_data_shows_its_history(checkout, server):
     llm(checkout, server, scored(1.05), tag="one")
@@ -648,9 +655,9 @@ def test_a_keep_that_a_crash_cut_short_is_finished(checkout, server, left):
     base, keep = checkout.record()
     results = checkout.root / "results.tsv"
     after = results.read_text()
+    checkout.git("update-ref", "-d", f"refs/autoresearch-moved/{base.tag}")
     if left in ("ref", "row"):
         checkout.git("reset", "-q", "--hard", "main")
-        checkout.git("update-ref", "-d", f"refs/autoresearch-moved/{base.tag}")
         results.write_text(after if left == "row" else "".join(after.splitlines(keepends=True)[:-1]))
     else:
         checkout.git("reset", "-q", "--", "train.py")

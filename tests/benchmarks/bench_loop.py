@@ -52,13 +52,13 @@ def timed(own: list[float]):
 
 def fill(checkout, upto: int) -> None:
     """Copy the last discard until the record has so many rows."""
-    config = checkout.config()
-    record = agent.read_record(config)
+    s, _ = agent.opened(checkout.config(), agent.Screen())
+    record = agent.read_record(s.config)
     model = next(r for r in reversed(record) if r.status == "discard")
     for number in range(len(record) + 1, upto + 1):
         row = replace(model, id=f"{number:04d}", text_key=f"{number:016x}")
-        row = agent.write_ref(config, row, agent.write_tree(config, row.parent, checkout.text(), "brief"))
-        agent.append_row(config, row)
+        rows = agent.write_refs(s, [row], agent.write_tree(s, row.parent, checkout.text(), "brief"))
+        agent.append_rows(s.config, rows)
 
 
 def session(checkout, server, own: list[float]) -> float:
