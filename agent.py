@@ -173,11 +173,16 @@ class Config:
     outage_s: float = OUTAGE_S
     reply_s: float = REPLY_S
     max_llm_tokens: int | None = None
-    reserve: int = FREE_BYTES        # bytes of the disk: a run starts with twice as much free, and is killed below it
+    reserve: int = FREE_BYTES        # bytes of the disk: a run that leaves less is killed
     python: str = sys.executable
     sandbox: str = "auto"            # auto, require or off
     rules: bool = True               # of the guard; without, the tests see what stands behind it
     asleep_s: Callable[[], float] = suspended_s
+
+    @property
+    def needed_bytes(self) -> int:
+        """Of the disk, before a run."""
+        return self.reserve + min(self.reserve, FREE_BYTES)
 
 @dataclass(frozen=True)
 class Dataset:
@@ -977,27 +982,21 @@ def file_at(config: Config, commit: str, name: str) -> str:
 def read_record(config: Config) -> list[Result]:
     """Every experiment that refs/autoresearch holds, by tag and id. Raises UserError for a ref that holds none."""
     form = "--format=%(refname)%00%(objectname)%00%(parent)%00%(contents)%00%00"
-    entries = git(config, "for-each-ref", form, "refs/autoresearch/", default="\0")
-    if entries == "\0":   # an object is damaged: which one?
-        refs = git(config, "for-each-ref", "--format=%(refname) %(objectname)", "refs/autoresearch/").splitlines()
-        entries = "".join(one_ref(config, *ref.split()) for ref in refs)
+    try:
+        entries = git(config, "for-each-ref", form, "refs/autoresearch/").split("\0\0\n")
+    except git_error() as error:
+        if not (found := re.search(r"(\w+) for (refs/[^\s']+)", str(error))):
+            raise
+        raise UserError(f"the commit of {found[2]} is damaged; its row and its folder in runs/ stay. Restore the "
+                        f"object {found[1]} from a copy, or: git update-ref -d {found[2]}") from None
     record = []
-    for ref, *parts in (entry.rstrip("\0").split("\0") for entry in entries.split("\0\0\n") if entry.strip("\0\n")):
+    for ref, *parts in (entry.rstrip("\0").split("\0") for entry in entries if entry.strip("\0\n")):
         try:
             record.append(parse_message(*parts))
             int(record[-1].id)
         except (ValueError, TypeError) as error:
             raise UserError(f"{ref} holds no experiment ({error}). To remove it: git update-ref -d {ref}") from None
     return sorted(record, key=lambda r: (r.tag, int(r.id)))
-
-def one_ref(config: Config, ref: str, commit: str) -> str:
-    """A ref's entry as for-each-ref gives it, by reading the commit. Raises UserError where that cannot be read."""
-    head, _, contents = git(config, "cat-file", "commit", commit, default="").partition("\n\n")
-    if not head:
-        raise UserError(f"the commit of {ref} is damaged; its row in results.tsv and its folder in runs/ stay. Restore "
-                        f".git/objects/{commit[:2]}/{commit[2:]} from a copy, or: git update-ref -d {ref}")
-    parent = "".join(re.findall(r"^parent (\w+)$", head, re.M)[:1])
-    return "\0".join((ref, commit, parent, contents)) + "\0\0\n"
 
 def blob(config: Config, text: str) -> str:
     """Write a text into git's object store; returns its hash."""
@@ -1120,9 +1119,9 @@ def choose_tag(config: Config) -> tuple[str, bool]:
         raise UserError("a branch is called autoresearch, which leaves no room for autoresearch/<tag>. "
                         "Rename it: git branch -m autoresearch NAME")
     tip = git(config, "rev-parse", "--verify", "-q", f"refs/heads/autoresearch/{tag}", default="")
-    just_made = tip == git(config, "rev-parse", "HEAD", default="-") and not git(
-        config, "for-each-ref", f"refs/autoresearch/{tag}/")   # a session died before it checked the branch out
-    if tip and tag != current and not just_made:
+    rows = git(config, "for-each-ref", "--format=%(refname)", f"refs/autoresearch/{tag}/")
+    unfinished = not rows and tip == git(config, "rev-parse", "HEAD", default="")   # died before it was checked out
+    if tip and tag != current and not unfinished:
         raise UserError(f"autoresearch/{tag} exists. To go on with it: git checkout autoresearch/{tag}. "
                         f"To begin another branch here: --tag NAME")
     return tag, tag == current
@@ -1295,7 +1294,6 @@ def find_sandbox(s: Session) -> None:
     if s.config.sandbox == "off":
         return s.screen.say("NO SANDBOX, as asked for (--sandbox off). " + UNPROTECTED)
     s.python_folders, reason = python_folders(s.config), "bubblewrap is not installed"
-    s.runs.mkdir(parents=True, exist_ok=True)
     for s.bwrap in bubblewraps():
         with tempfile.TemporaryDirectory(dir=s.runs) as work, tempfile.NamedTemporaryFile() as secret, \
                 socket.create_server(("127.0.0.1", 0)) as server:
@@ -1388,8 +1386,9 @@ def outside(s: Session) -> dict[str, object]:
     found = {str(path): path.lstat() for path in paths if path.exists()}
     state = {name: (st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns) for name, st in found.items()}
     runs_code = r"^(core\.(hookspath|fsmonitor|sshcommand|pager|editor)|filter\.|alias\.|diff\.|include)"
+    refs = ("--format=%(refname) %(objectname)", f"refs/heads/{s.branch}", f"refs/autoresearch/{s.config.tag}/")
     return {**state, ".git/config": git(s.config, "config", "--get-regexp", runs_code, default=""),
-            "git's refs": git(s.config, "for-each-ref", f"refs/heads/{s.branch}", f"refs/autoresearch/{s.config.tag}/")}
+            "git's refs": git(s.config, "for-each-ref", *refs)}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Effects: processes
@@ -1482,7 +1481,7 @@ def stopped(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     return False
 
-DISK_FULL = "the disk is nearly full"   # and not by this run
+DISK_FULL = "the disk is nearly full"
 
 def excess(tree: list[int], work: Path, reserve: int) -> str:
     """What a run uses more of than it may, or the machine has too little left of; empty when all is well."""
@@ -1499,7 +1498,7 @@ def excess(tree: list[int], work: Path, reserve: int) -> str:
                 if size > WORK_BYTES or files > WORK_FILES or depth > WORK_DEPTH:
                     return f"wrote more than {WORK_BYTES >> 30} GB or {WORK_FILES} files, or {WORK_DEPTH} levels deep"
     if shutil.disk_usage(work).free < reserve:
-        return DISK_FULL if size < reserve else f"filled the disk: it wrote {size / 2**30:.1f} GB"
+        return DISK_FULL
     with contextlib.suppress(OSError, ValueError, KeyError):
         memory = dict(re.findall(r"^(\w+): +(\d+) kB", Path("/proc/meminfo").read_text(), re.M))
         if int(memory["MemAvailable"]) < FREE_SHARE * int(memory["MemTotal"]):
@@ -1598,8 +1597,8 @@ def machine_fault(s: Session, seen: Watched, asleep_s: float, reason: str) -> st
         return "the machine slept"
     if seen.paused_s > PAUSED_S:
         return f"agent.py stood still for {seen.paused_s:.0f} s"
-    if seen.killed == DISK_FULL or (reason and shutil.disk_usage(s.runs).free < s.config.reserve):
-        return DISK_FULL
+    if reason and shutil.disk_usage(s.runs).free < s.config.reserve:
+        return DISK_FULL   # and still, without what the run wrote
     return foreign_load(s)
 
 def foreign_load(s: Session) -> str:
@@ -1629,7 +1628,7 @@ def nvidia_smi(*args: str) -> str:
     """What nvidia-smi prints; empty where there is none, or where it hangs with its driver: then it is left behind."""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         process = subprocess.Popen(["nvidia-smi", *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+                                   stderr=subprocess.DEVNULL, errors="replace", start_new_session=True)
         try:
             found = process.communicate(timeout=SMI_S)[0]
             return found if process.returncode == 0 else ""
@@ -1641,8 +1640,8 @@ def lack(s: Session) -> str:
     """What the machine lacks for a run; empty when it is ready."""
     disk = os.statvfs(s.config.root)
     free = disk.f_bavail * disk.f_frsize
-    if free < 2 * s.config.reserve:
-        return f"{free / 2**30:.2f} GB of the disk are free, {2 * s.config.reserve / 2**30:.2f} are needed"
+    if free < s.config.needed_bytes:
+        return f"{free / 2**30:.2f} GB of the disk are free, {s.config.needed_bytes / 2**30:.2f} are needed"
     if disk.f_files and disk.f_favail < WORK_FILES:
         return f"only {disk.f_favail} more files fit on the disk"
     return foreign_load(s)
@@ -2112,6 +2111,10 @@ def repair(s: Session, proposal: Proposal, text: str, reason: str, log: str) -> 
 # ----------------------------------------------------------------------------------------------------------------------
 # Effects: the screen
 
+def now() -> str:
+    """The time, in UTC, in ISO 8601."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
 class Screen:
     """What a person sees: a line for every finished experiment, and in a terminal two live lines below them."""
 
@@ -2121,6 +2124,7 @@ class Screen:
         self.label = "", ""          # id and description of the present experiment
         self.live = None
         self.drawn = 0.0
+        self.log = None              # a file that keeps the lines
 
     def __enter__(self) -> Screen:
         if sys.stdout.isatty():
@@ -2135,7 +2139,10 @@ class Screen:
                 self.live.stop()
 
     def say(self, line: str) -> None:
-        """A line that stays. A closed terminal or pipe does not end the session."""
+        """A line that stays. A closed terminal or pipe, or a full disk, does not end the session."""
+        if self.log:
+            with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8", errors="replace") as file:
+                file.write(f"{now()}  {line.strip()}\n")
         with contextlib.suppress(OSError, UnicodeError):
             if self.live:
                 self.live.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -2330,10 +2337,6 @@ def repaired(s: Session, proposal: Proposal, text: str, id: str, best_bpb: float
         run, verdict, folder = attempt(s, text, id, number)
     return proposal, text, run, verdict, folder
 
-def now() -> str:
-    """The time, in UTC, in ISO 8601."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
 def result_of(s: Session, proposal: Proposal, text: str, run: Run, verdict: Score, status: tuple[str, str],
               wall_s: float) -> Result:
     """Everything that is known of an experiment as a row; status: with its reason."""
@@ -2397,7 +2400,7 @@ def wait_for_room(s: Session, error: BaseException) -> None:
 def enough_time(s: Session) -> bool:
     """Whether another run can end before the deadline."""
     extra = sorted(r.wall_s - r.train_s for r in s.results[-5:] if r.val_bpb and r.train_s)
-    return s.left_s() > s.config.budget_s + (extra[len(extra) // 2] if extra else 30)
+    return s.left_s() > s.config.budget_s + (extra[len(extra) // 2] if extra else 0)
 
 def check_machine(s: Session) -> None:
     """After some crashes in a row, run the best once more. Raises UserError where it crashes too: it is the machine."""
@@ -2416,6 +2419,8 @@ def check_machine(s: Session) -> None:
 
 def begin(s: Session, resumed: bool) -> None:
     """Everything before the first proposed experiment: record, first proposal, branch, baseline."""
+    s.runs.mkdir(parents=True, exist_ok=True)
+    s.screen.log = s.runs / "session.log"
     clear_left_over(s)
     record = read_branch(s)
     if resumed:
@@ -2438,7 +2443,6 @@ def begin(s: Session, resumed: bool) -> None:
         mend(s, record)
     s.screen.say(f"{s.branch}: preset {s.data.preset}, data {s.data.name}, {s.config.budget_s:g} s of training, "
                  f"proposals by {s.model or 'search'}" + (f"; going on after {s.results[-1].id}" if s.best else ""))
-    measure_baseline(s)
 
 def make_branch(s: Session) -> None:
     """Create the branch where the checkout stands, and check it out: no file changes. Raises UserError."""
@@ -2450,34 +2454,33 @@ def make_branch(s: Session) -> None:
         git(s.config, "symbolic-ref", "HEAD", f"refs/heads/{s.branch}")
 
 def measure_baseline(s: Session) -> None:
-    """Run train.py as the branch has it, where that was not done yet. Raises UserError where it gets no score."""
-    if s.best is None:
-        result = experiment(s, Proposal("baseline", proposer="baseline"), s.text)
-        if result.status != "keep":
-            raise UserError(f"train.py as it is gets no score ({result.reason}): "
-                            f"see runs/{result.tag}/{result.id}/run.log")
+    """Run train.py as the branch has it. Raises UserError where it gets no score."""
+    result = experiment(s, Proposal("baseline", proposer="baseline"), s.text)
+    if result.status != "keep":
+        raise UserError(f"train.py as it is gets no score ({result.reason}): see runs/{result.tag}/{result.id}/run.log")
 
-def follow_user(s: Session) -> None:
-    """Go on from where the user has moved the branch. Raises UserError where the checkout has left it, or changed."""
+def follow_user(s: Session) -> bool:
+    """Go on from where the user has moved the branch, if so. Raises UserError where the checkout left or changed it."""
     head = git(s.config, "symbolic-ref", "-q", "--short", "HEAD", default="")
     if head != s.branch:
         raise UserError(f"the checkout is on {head or 'no branch'} now, not on {s.branch}. Nothing was touched. "
                         f"To go on: git checkout {s.branch}, then start again")
     check_unchanged(s)
-    if git(s.config, "rev-parse", "HEAD") != s.tip:
+    if moved := git(s.config, "rev-parse", "HEAD") != s.tip:
         read_branch(s)
-        s.ready = None
         s.screen.say(f"      {s.branch} was moved by hand to {s.tip[:7]}; going on from there")
-        measure_baseline(s)
+    return moved
 
 def step(s: Session) -> None:
     """One turn of the loop. Raises OutOfTime, or UserError for what the user must see."""
     follow_user(s)
+    if s.best is None:
+        return measure_baseline(s)
     if s.crashes >= CRASHES:
-        return check_machine(s)
+        check_machine(s)
     proposal, text = s.ready or candidate(s)
     s.ready = None
-    if enough_time(s):
+    if not follow_user(s) and enough_time(s):   # else it was made for another train.py
         experiment(s, proposal, text)
     if time.monotonic() - s.drawn > DRAW_S:
         s.drawn = time.monotonic()
@@ -2533,8 +2536,8 @@ def opened(config: Config, screen: Screen) -> tuple[Session, bool]:
     tag, resumed = choose_tag(config)
     if config.hours and config.hours * 3600 < config.budget_s:
         raise UserError(f"--hours {config.hours:g} is shorter than one run of {config.budget_s:g} s")
-    if shutil.disk_usage(config.root).free < 2 * config.reserve:
-        need = f"{2 * config.reserve / 2**30:.2f} GB"
+    if shutil.disk_usage(config.root).free < config.needed_bytes:
+        need = f"{config.needed_bytes / 2**30:.2f} GB"
         raise UserError(f"less than {need} are free on the disk of {config.root}: make room first")
     data = prepared_data(config)
     if config.hours:

@@ -13,6 +13,7 @@ walls; `unsandboxed` what becomes of it without a sandbox: harm, or harm and the
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -192,14 +193,18 @@ def left_over(root):
     return found
 
 
-def lower(monkeypatch, victim, limits):
-    """Set limits of agent.py as a docstring says, such as LOOK_S=0.1. `free`, `available`, `total`: bytes of the disk,
+def lower(monkeypatch, victim, s, limits):
+    """Set limits of agent.py, or of a session, as a docstring says, such as LOOK_S=0.1 or reserve=free. `free`, `available`, `total`: bytes of the disk,
     of memory."""
     memory = dict(re.findall(r"^(\w+): +(\d+) kB", Path("/proc/meminfo").read_text(), re.M))
     known = {"free": shutil.disk_usage(victim.folder).free, "available": 1024 * int(memory["MemAvailable"])}
     for limit in limits.split():
         name, value = limit.split("=")
-        monkeypatch.setattr(agent, name, eval(value, {**known, "total": 1024 * int(memory["MemTotal"])}))
+        value = eval(value, {**known, "total": 1024 * int(memory["MemTotal"])})
+        if name == "reserve":
+            monkeypatch.setattr(s, "config", dataclasses.replace(s.config, reserve=value))
+        else:
+            monkeypatch.setattr(agent, name, value)
 
 
 def machine(field=""):
@@ -216,7 +221,7 @@ def test_the_machine_stays_safe(victim, path, table, sandbox, monkeypatch):
     refusal = guarded(text)
     assert not refusal if expected["guard"] == "passes" else expected["guard"] in refusal, refusal
     s, before = victim.session("require"), victim.state()
-    lower(monkeypatch, victim, expected.get("patch", ""))
+    lower(monkeypatch, victim, s, expected.get("patch", ""))
     for _ in range(2 if "twice" in expected else 1):
         found = victim.run(s, text)
         alive = len(left_over(victim.checkout.root))
@@ -244,7 +249,7 @@ def test_a_run_that_takes_its_log_away_ends_like_any_other(victim):
 @machine("unsandboxed")
 def test_without_the_sandbox_the_harm_is_done(victim, path, monkeypatch):
     expected, text, s = about(path), victim.text(path), victim.session("off")
-    lower(monkeypatch, victim, expected.get("patch", ""))
+    lower(monkeypatch, victim, s, expected.get("patch", ""))
     for _ in range(2 if "twice" in expected else 1):
         found = victim.run(s, text)
     assert "harm done" in found.log and not left_over(victim.checkout.root), found

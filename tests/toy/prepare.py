@@ -81,7 +81,8 @@ def make():
     (folder / "train.bin").write_bytes(b"the train tokens")
     (folder / "train_docs.npy").write_bytes(b"docs")
     (folder / "val.bin").write_bytes(b"the val rows")
-    meta = {"format": 1, "dataset": "toy", "preset": "cpu", "fingerprint": os.environ.get("TOY_FINGERPRINT", "f00d")}
+    preset, fingerprint = os.environ.get("TOY_PRESET", "cpu"), os.environ.get("TOY_FINGERPRINT", "f00d")
+    meta = {"format": 1, "dataset": "toy", "preset": preset, "fingerprint": fingerprint}
     (folder / "meta.json").write_text(json.dumps(meta))
     (CACHE / "current").write_text(folder.name)
 

@@ -11,6 +11,7 @@ SIZES = {  # the row of the active preset is used
     # DEPTH: best at 6 [1, 12]
     "cpu": dict(DEPTH=4, HEADS=2),
     "mac": dict(DEPTH=8, HEADS=4),
+    "consumer": dict(DEPTH=4, HEADS=2),
 }
 
 

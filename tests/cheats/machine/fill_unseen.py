@@ -3,7 +3,7 @@
 property: K
 guard: `import os` is out of bounds
 behind: crash, training, the disk is nearly full
-patch: FREE_BYTES=free-2**30 LOOK_S=0.1
+patch: reserve=free-3*2**29 LOOK_S=0.1
 """
 import os
 import time
