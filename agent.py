@@ -78,9 +78,9 @@ OUTAGE_S = 180.0       # without a usable reply before the search proposes one
 REPLY_S = 900.0        # limit of one request to the model; later this often the slowest reply, and OUTAGE_S at least
 SLOWER = 3
 REACH_S = 5.0          # at the start, for a server that cannot be reached
+DAY_S = 86_400.0       # that a server's wish to be left alone counts, at most
 ASK_S = 60.0           # between two attempts while the model does not answer, at most
 REPLY_TOKENS = 32_000  # that a reply may have, reasoning included
-REPLY_BYTES = 2**22    # that are ever read of an answer
 CUT_CHARS = 8_000      # a request up to this length is never cut by a server
 BRIEF_ROWS = 20        # that a request shows when the model's context is too short for all
 TOLD_S = 20.0          # a wait of this length is worth a line that stays
@@ -303,7 +303,8 @@ class Session:
     next_id: int = 1
     git_dir: Path = Path()
     model: str = ""
-    slowest_s: float = 0.0           # of the model's replies; 0: it has not answered yet
+    starting: bool = True            # nothing runs yet, and the model has not answered: what fails is the user's to fix
+    slowest_s: float = 0.0           # of the model's replies; 0: none yet
     reply_limit: str = "max_tokens"  # the parameter's name for this server; empty: it knows none
     brief: bool = False              # requests are shortened, to fit the model's context
     tokens: int = 0                  # spent by this session
@@ -1841,21 +1842,26 @@ def read_dataset(config: Config) -> Dataset | None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Effects: the model
 
-def client(config: Config):
+def client(config: Config, limit_s: float):
     """An OpenAI client that leaves retries to us."""
     import openai
-    return openai.OpenAI(api_key=config.api_key or "none", base_url=config.base_url, max_retries=0)
+    return openai.OpenAI(api_key=config.api_key or "none", base_url=config.base_url, timeout=limit_s, max_retries=0)
 
 def find_model(config: Config) -> str:
     """The model to ask: the one that was named, else the only one that the endpoint lists. Raises UserError."""
     if config.model:
         return config.model
     import openai
-    try:
-        listed = [model.id for model in client(config).with_options(timeout=20.0).models.list()]
-    except (openai.APIError, *http_errors(), ValueError, AttributeError, TypeError) as error:
-        reason = without_key(config, one_line(str(getattr(error, "message", "") or error)))[:200].rstrip(".")
-        raise UserError(f"{config.base_url} did not list its models ({reason}). {WAYS_ON}") from None
+    until = time.monotonic() + min(REACH_S, config.outage_s)
+    while True:
+        try:
+            listed = [model.id for model in client(config, 4 * REACH_S).models.list()]
+            break
+        except (openai.APIError, ValueError, AttributeError, TypeError) as error:
+            if not isinstance(error, openai.APIConnectionError) or time.monotonic() > until:
+                reason = without_key(config, one_line(str(getattr(error, "message", "") or error)))[:200].rstrip(".")
+                raise UserError(f"{config.base_url} did not list its models ({reason}). {WAYS_ON}") from None
+            time.sleep(0.5)   # it may be starting
     if len(listed) != 1:
         names = ", ".join(sorted(listed)[:12]) + (", ..." if len(listed) > 12 else "")
         raise UserError(f"name a model with --model; {config.base_url} lists {names or 'none'}")
@@ -1870,7 +1876,7 @@ class Reply(NamedTuple):
     prompt_tokens: int | None
     cut: bool
 
-QUOTA = re.compile(r"insufficient.(quota|credit|balance|fund)|exceeded your current quota|billing|out of credit", re.I)
+QUOTA = re.compile(r"insufficient.(quota|credit|balance|fund)|exceeded your current quota|out of credit", re.I)
 TOO_LONG = re.compile(r"context.length.exceeded|context (length|window|size)|(prompt|input) is too long|"
                       r"too many (input )?tokens|exceeds? .{0,40}context", re.I)
 LIMIT_NAMES = ("max_tokens", "max_completion_tokens", "")   # empty: none is sent
@@ -1892,21 +1898,20 @@ def retry_after_s(headers: Mapping[str, str]) -> float:
     value = headers.get("retry-after", "")
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         if re.fullmatch(r"\s*[\d.]+\s*", value):
-            return float(value)
+            return min(float(value), DAY_S)
         clock = headers.get("date") or email.utils.formatdate()
         dates = [email.utils.parsedate_to_datetime(text) for text in (value, clock)]
-        return max(0.0, (dates[0] - dates[1]).total_seconds())
+        return min(max(0.0, (dates[0] - dates[1]).total_seconds()), DAY_S)
     return 0.0
 
-def parse_answer(body: bytes, asked: int) -> Reply:
+def parse_answer(body: str, asked: int) -> Reply:
     """The reply in an answer of chat completions; asked: characters of the request. Raises NoReply."""
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        start = one_line(body[:80].decode(errors="replace"))
-        raise NoReply(f"an answer that is no JSON: {start!r}; is the URL complete, with /v1?", "foreign")
+        raise NoReply(f"an answer that is no JSON: {one_line(body[:80])!r}; is the URL complete, with /v1?", "foreign")
     choices = found.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     if error := found.get("error") or choice.get("error"):
@@ -1927,10 +1932,6 @@ def plain_text(content: object) -> str:
         content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
     return content.encode("utf-8", "replace").decode() if isinstance(content, str) else ""
 
-def http_errors() -> tuple[type[Exception], ...]:
-    """What the layer below openai raises while it reads an answer: httpx, from openai 3 on httpx2."""
-    return tuple(sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules)
-
 def without_key(config: Config, text: str) -> str:
     """A server's text without the user's key, which some repeat. Dummies of local servers are no secret."""
     return text.replace(config.api_key, "***") if len(config.api_key or "") >= 12 else text
@@ -1938,24 +1939,25 @@ def without_key(config: Config, text: str) -> str:
 def ask_once(s: Session, messages: list[dict], limit_s: float) -> Reply:
     """One request, over after limit_s whatever the server does. Raises NoReply."""
     import openai
-    chat = client(s.config).with_options(timeout=limit_s).chat.completions.with_streaming_response
-    over, body, sent = time.monotonic() + limit_s, b"", {s.reply_limit: REPLY_TOKENS} if s.reply_limit else {}
+    asking, asked = client(s.config, limit_s), sum(len(message["content"]) for message in messages)
+    sent = {s.reply_limit: REPLY_TOKENS} if s.reply_limit else {}
+    began, clock = time.monotonic(), threading.Timer(limit_s, asking.close)   # the client's own limit is one per read
+    clock.daemon = True
+    clock.start()
     try:
-        with chat.create(model=s.model, messages=messages, **sent) as answer:
-            for part in answer.iter_bytes():
-                body += part
-                if time.monotonic() > over or len(body) > REPLY_BYTES:
-                    raise NoReply(f"no whole answer within {limit_s:.0f} s")
-    except openai.APIStatusError as error:
-        failure = trouble(error.status_code, error.response.headers, error.body or "")
-    except (openai.APIError, *http_errors()) as error:
-        kind = "passing" if "timed out" in str(error) else "unreachable"
-        failure = NoReply(one_line(f"{error} {error.__cause__ or ''}")[:200].strip().rstrip("."), kind)
-    else:
-        asked = sum(len(message["content"]) for message in messages)
-        reply = parse_answer(without_key(s.config, body.decode(errors="replace")).encode(), asked)
+        answer = asking.chat.completions.with_raw_response.create(model=s.model, messages=messages, **sent)
+        reply = parse_answer(without_key(s.config, answer.content.decode(errors="replace")), asked)
         s.tokens += reply.tokens
         return reply
+    except openai.APIStatusError as error:
+        failure = trouble(error.status_code, error.response.headers, error.body or "")
+    except openai.APIError as error:
+        late = time.monotonic() - began > 0.99 * limit_s
+        reason = one_line(f"{error} {error.__cause__ or ''}")[:200].rstrip(". ")
+        failure = NoReply(f"no answer within {limit_s:.0f} s") if late else NoReply(reason, "unreachable")
+    finally:
+        clock.cancel()
+        asking.close()
     raise NoReply(without_key(s.config, str(failure)), failure.kind, failure.wait_s)
 
 def ask(s: Session, messages: list[dict], kept: bool = True) -> Reply:
@@ -1972,7 +1974,7 @@ def ask(s: Session, messages: list[dict], kept: bool = True) -> Reply:
         try:
             reply = ask_once(s, messages, reply_limit_s(s))
             check_prompt(s, messages, reply)
-            s.slowest_s = max(s.slowest_s, time.monotonic() - start)
+            s.slowest_s, s.starting = max(s.slowest_s, time.monotonic() - start), False
             if kept:
                 keep_exchange(s, [{"role": f"reply of {s.model}", "content": reply.text}])
             return reply
@@ -1999,7 +2001,7 @@ def patience_s(s: Session, error: NoReply) -> float:
     """How long a failure is waited out. A server that has never answered may be a mistake in its URL."""
     if error.kind not in ("passing", "unreachable", "foreign"):
         return 0.0
-    at_start = {"unreachable": REACH_S, "foreign": 0.0} if not s.slowest_s else {}
+    at_start = {"unreachable": REACH_S, "foreign": 0.0} if s.starting else {}
     return min(s.config.outage_s, at_start.get(error.kind, math.inf))
 
 def adapted(s: Session, error: NoReply) -> bool:
@@ -2013,7 +2015,7 @@ def check_prompt(s: Session, messages: list[dict], reply: Reply) -> None:
     """Raise UserError where a server's first answer shows that it has read a part of the request only."""
     asked = sum(len(message["content"]) for message in messages)
     if reply.prompt_tokens and reply.prompt_tokens * 8 < asked > CUT_CHARS and not s.brief:
-        if not s.slowest_s:
+        if s.starting:
             raise UserError(f"{s.config.base_url} has cut the prompt: it read {reply.prompt_tokens} tokens of about "
                             f"{asked // 4}. Give {s.model} a longer context (Ollama: OLLAMA_CONTEXT_LENGTH=32768)")
         raise NoReply(f"the server has cut the prompt to {reply.prompt_tokens} tokens", "cut")
@@ -2259,8 +2261,9 @@ def from_model(s: Session, program: str) -> tuple[Proposal, str] | None:
 
 def fall_back(s: Session, error: NoReply) -> None:
     """Say why the search proposes now, and listen for the model. Raises UserError if it never answered for good."""
-    if not s.slowest_s and error.kind not in ("passing", "spent"):
-        raise UserError(f"{s.config.base_url}, model {s.model}: {error}. {WAYS_ON}")
+    if s.starting and error.kind not in ("passing", "spent"):
+        what = "the request is too long for it: " * (error.kind == "long")
+        raise UserError(f"{s.config.base_url}, model {s.model}: {what}{error}. {WAYS_ON}")
     if error.kind != "spent":
         s.screen.say(f"      no answer from {s.model} ({error}); the search proposes until it answers again")
         s.listener = threading.Thread(target=listen, args=(s,), daemon=True)
@@ -2438,6 +2441,7 @@ def begin(s: Session, resumed: bool) -> None:
         s.model = find_model(s.config)
     if s.best or s.config.experiments != 1:
         s.ready = candidate(s)
+    s.starting = False
     if not resumed:
         make_branch(s)
         mend(s, record)
