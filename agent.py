@@ -79,12 +79,13 @@ REPLY_S = 900.0        # limit of one request to the model; later this often the
 SLOWER = 3
 REACH_S = 5.0          # at the start, for a server that cannot be reached
 DAY_S = 86_400.0       # that a server's wish to be left alone counts, at most
-ASK_S = 60.0           # between two attempts while the model does not answer, at most
+ASK_S, REFUSED_S = 60.0, 900.0   # between two attempts while the model does not answer, or will not, at most
 REPLY_TOKENS = 32_000  # that a reply may have, reasoning included
 CUT_CHARS = 8_000      # a request up to this length is never cut by a server
 BRIEF_ROWS = 20        # that a request shows when the model's context is too short for all
 TOLD_S = 20.0          # a wait of this length is worth a line that stays
 SMI_S = 20.0           # limit of nvidia-smi, which hangs where its driver does
+AGAIN_S = 600.0        # before a line of the same wait is said again
 WAIT_S = 5.0           # between two looks at a machine that is not ready
 PAUSED_S = 10.0        # between two looks at a run: more means that this process stood still
 GPU_FREE_MB, GPU_FREE_SHARE = 1024, 0.02     # of its memory, that others may use
@@ -308,6 +309,7 @@ class Session:
     reply_limit: str = "max_tokens"  # the parameter's name for this server; empty: it knows none
     brief: bool = False              # requests are shortened, to fit the model's context
     tokens: int = 0                  # spent by this session
+    full_said: float = -math.inf     # when it was said that the disk is full, of time.monotonic
     spent: bool = False              # it was said that no more may be
     unusable: int = 0                # replies in a row
     quiet_until: float = 0.0         # of time.monotonic: as the server asked for
@@ -341,6 +343,11 @@ class Session:
     def mine(self) -> list[Result]:
         """The rows of this branch."""
         return [r for r in self.results if r.tag == self.config.tag]
+
+    @property
+    def last_model(self) -> str:
+        """The model that proposed a row of this branch last; empty when none did."""
+        return next((r.model for r in reversed(self.mine) if r.proposer == "llm"), "")
 
     @property
     def proposal_id(self) -> str:
@@ -1241,8 +1248,8 @@ def uninterrupted(s: Session):
     try:
         s.writing.touch()
         yield
-        s.writing.unlink(missing_ok=True)
     finally:
+        s.writing.unlink(missing_ok=True)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in zip(signals, handlers):
             signal.signal(number, handler)
@@ -1637,25 +1644,25 @@ def nvidia_smi(*args: str) -> str:
             process.kill()
     return ""
 
-def lack(s: Session) -> str:
-    """What the machine lacks for a run; empty when it is ready."""
+def lack_of_disk(s: Session) -> str:
+    """What the disk lacks for a run; empty when it has room."""
     disk = os.statvfs(s.config.root)
     free = disk.f_bavail * disk.f_frsize
     if free < s.config.needed_bytes:
         return f"{free / 2**30:.2f} GB of the disk are free, {s.config.needed_bytes / 2**30:.2f} are needed"
     if disk.f_files and disk.f_favail < WORK_FILES:
         return f"only {disk.f_favail} more files fit on the disk"
-    return foreign_load(s)
+    return ""
 
 def wait_for_machine(s: Session) -> None:
     """Return when the machine is ready for a run; what it waits for is said. Raises OutOfTime."""
-    why = said = lack(s)
-    if why:
-        s.screen.say(f"      waiting: {why}")
-    while why:
+    waited = False
+    while why := lack_of_disk(s) or foreign_load(s):
+        if not waited:
+            s.screen.say(f"      waiting: {why}")
+        waited = True
         pause(s, WAIT_S, f"waiting: {why}")
-        why = lack(s)
-    if said:
+    if waited:
         s.screen.say("      going on")
 
 def pause(s: Session, seconds: float, why: str) -> None:
@@ -1847,8 +1854,11 @@ def client(config: Config, limit_s: float):
     import openai
     return openai.OpenAI(api_key=config.api_key or "none", base_url=config.base_url, timeout=limit_s, max_retries=0)
 
-def find_model(config: Config) -> str:
-    """The model to ask: the one that was named, else the only one that the endpoint lists. Raises UserError."""
+def find_model(config: Config, before: str) -> str:
+    """The model to ask: the one that was named, else the only one that the endpoint lists. Raises UserError.
+
+    before: the one that was asked last, for a server that cannot be reached now.
+    """
     if config.model:
         return config.model
     import openai
@@ -1858,7 +1868,10 @@ def find_model(config: Config) -> str:
             listed = [model.id for model in client(config, 4 * REACH_S).models.list()]
             break
         except (openai.APIError, ValueError, AttributeError, TypeError) as error:
-            if not isinstance(error, openai.APIConnectionError) or time.monotonic() > until:
+            unreachable = isinstance(error, openai.APIConnectionError)
+            if unreachable and before:
+                return before
+            if not unreachable or time.monotonic() > until:
                 reason = without_key(config, one_line(str(getattr(error, "message", "") or error)))[:200].rstrip(".")
                 raise UserError(f"{config.base_url} did not list its models ({reason}). {WAYS_ON}") from None
             time.sleep(0.5)   # it may be starting
@@ -1988,7 +2001,8 @@ def ask(s: Session, messages: list[dict], kept: bool = True) -> Reply:
                 s.quiet_until = time.monotonic() + error.wait_s
                 raise
             if not told and passed_s + wait_s > TOLD_S:
-                told = s.screen.say(f"      no answer from {s.model} yet ({error}); waiting") is None
+                told = True
+                s.screen.say(f"      no answer from {s.model} yet ({error}); waiting")
             pause(s, wait_s, f"no answer from {s.model} ({error})")
             wait = min(2 * wait, ASK_S)
 
@@ -2020,10 +2034,11 @@ def check_prompt(s: Session, messages: list[dict], reply: Reply) -> None:
                             f"{asked // 4}. Give {s.model} a longer context (Ollama: OLLAMA_CONTEXT_LENGTH=32768)")
         raise NoReply(f"the server has cut the prompt to {reply.prompt_tokens} tokens", "cut")
 
-def listen(s: Session) -> None:
+def listen(s: Session, kind: str) -> None:
     """While the model does not answer, ask it for one word now and then, in the background; returns when it answers."""
+    rest_s = REFUSED_S if kind == "refused" else min(ASK_S, s.config.outage_s)
     while True:
-        time.sleep(max(min(ASK_S, s.config.outage_s), s.quiet_until - time.monotonic()))
+        time.sleep(max(rest_s, s.quiet_until - time.monotonic()))
         try:
             ask_once(s, [{"role": "user", "content": "Answer with the word yes."}], max(s.config.outage_s, 1.0))
             return
@@ -2261,12 +2276,13 @@ def from_model(s: Session, program: str) -> tuple[Proposal, str] | None:
 
 def fall_back(s: Session, error: NoReply) -> None:
     """Say why the search proposes now, and listen for the model. Raises UserError if it never answered for good."""
-    if s.starting and error.kind not in ("passing", "spent"):
+    answered_before = error.kind == "unreachable" and s.model == s.last_model   # a restart after a power cut
+    if s.starting and error.kind not in ("passing", "spent") and not answered_before:
         what = "the request is too long for it: " * (error.kind == "long")
         raise UserError(f"{s.config.base_url}, model {s.model}: {what}{error}. {WAYS_ON}")
     if error.kind != "spent":
         s.screen.say(f"      no answer from {s.model} ({error}); the search proposes until it answers again")
-        s.listener = threading.Thread(target=listen, args=(s,), daemon=True)
+        s.listener = threading.Thread(target=listen, args=(s, error.kind), daemon=True)
         s.listener.start()
     elif not s.spent:
         s.spent = True
@@ -2395,10 +2411,13 @@ def note(s: Session, text: str, results: list[Result]) -> None:
     s.crashes = s.crashes + 1 if results[0].status == "crash" else 0
 
 def wait_for_room(s: Session, error: BaseException) -> None:
-    """Wait until the disk has room again. Raises OutOfTime."""
-    s.screen.say(f"      the disk is full ({one_line(str(error))[-100:]}); waiting for room")
+    """Wait until the disk may have room again. Raises OutOfTime."""
+    if time.monotonic() - s.full_said > AGAIN_S:
+        s.full_said = time.monotonic()
+        s.screen.say(f"      the disk is full ({one_line(str(error))[-100:]}); waiting for room")
     pause(s, WAIT_S, "waiting: the disk is full")
-    wait_for_machine(s)
+    while lack_of_disk(s):
+        pause(s, WAIT_S, "waiting: the disk is full")
 
 def enough_time(s: Session) -> bool:
     """Whether another run can end before the deadline."""
@@ -2438,7 +2457,7 @@ def begin(s: Session, resumed: bool) -> None:
         remove(left)   # of a session that was killed
     find_sandbox(s)
     if s.config.proposer != "search":
-        s.model = find_model(s.config)
+        s.model = find_model(s.config, s.last_model)
     if s.best or s.config.experiments != 1:
         s.ready = candidate(s)
     s.starting = False
@@ -2595,7 +2614,7 @@ def show_request(config: Config) -> int:
     """Print one whole request and the reply to it; train nothing, change nothing."""
     s, _ = opened(config, Screen())
     read_branch(s)
-    s.model = find_model(config)
+    s.model = find_model(config, s.last_model)
     messages = request(s, read_text(config.root / "program.md", "replace"))
     for part in messages:
         print(f"<!-- {part['role']} -->\n\n{part['content']}\n")

@@ -15,6 +15,7 @@ import agent
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "tests" / "toy"
+DRAW = agent.draw
 
 
 class Checkout:
@@ -85,6 +86,7 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
+    monkeypatch.setattr(agent, "draw", lambda *_: None)  # half a second a session; DRAW is tested by itself
     return make_checkout(tmp_path / "checkout", tmp_path / "cache")
 
 

@@ -9,7 +9,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import reply
+from conftest import DRAW, reply
 
 import agent
 
@@ -267,7 +267,8 @@ def test_importing_does_nothing():
     assert done.stdout == "[]\n"
 
 
-def test_the_picture_is_drawn(checkout):
+def test_the_picture_is_drawn(checkout, monkeypatch):
+    monkeypatch.setattr(agent, "draw", DRAW)
     checkout.session(experiments=6)
     data = (checkout.root / "runs" / checkout.record()[0].tag / "progress.png").read_bytes()
     assert data.startswith(b"\x89PNG") and len(data) > 10_000

@@ -241,8 +241,7 @@ def test_a_branch_that_was_made_but_not_checked_out_is_taken_up(checkout):
     assert checkout.git("symbolic-ref", "--short", "HEAD") == "autoresearch/x" and len(checkout.record()) == 1
 
 
-@pytest.mark.parametrize("lock", ["index.lock", "HEAD.lock", "refs/heads/autoresearch/x.lock",
-                                  "refs/autoresearch/x/0003.lock", "packed-refs.lock"])
+@pytest.mark.parametrize("lock", ["index.lock", "refs/heads/autoresearch/x.lock", "refs/autoresearch/x/0003.lock"])
 def test_locks_that_a_dead_session_left_are_removed(checkout, monkeypatch, lock, capsys):
     monkeypatch.setattr(agent, "LOCK_S", 0.5)
     checkout.session(experiments=2, tag="x")
@@ -312,6 +311,15 @@ def test_a_lock_of_a_dead_session_does_not_matter(checkout):
     lock = checkout.root / ".git" / f"autoresearch.{checkout.root.name}.lock"
     lock.write_text("99999999")
     assert checkout.session(experiments=1) == 0
+
+
+@pytest.mark.parametrize("model", ["tiny", ""], ids=["named", "not named"])
+def test_a_restart_before_the_network_is_back_goes_on_with_the_search(checkout, server, model):
+    llm(checkout, server, scored(1.05), model=model)
+    server.http.server_close()
+    gone = "http://127.0.0.1:9/v1"
+    assert checkout.session(proposer="llm", base_url=gone, model=model, experiments=1, outage_s=0.5) == 0
+    assert checkout.record()[2].proposer == "search"
 
 
 # The user
