@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import queue
 import random
 import re
 import secrets
@@ -79,7 +80,7 @@ REPLY_S = 900.0        # limit of one request to the model; later this often the
 SLOWER = 3
 REACH_S = 5.0          # at the start, for a server that cannot be reached
 DAY_S = 86_400.0       # that a server's wish to be left alone counts, at most
-ASK_S, REFUSED_S = 60.0, 900.0   # between two attempts while the model does not answer, or will not, at most
+ASK_S, REFUSED_S, REST_S = 60.0, 900.0, 3600.0   # between two attempts while it does not answer, refuses, at most
 REPLY_TOKENS = 32_000  # that a reply may have, reasoning included
 CUT_CHARS = 8_000      # a request up to this length is never cut by a server
 BRIEF_ROWS = 20        # that a request shows when the model's context is too short for all
@@ -88,9 +89,9 @@ SMI_S = 20.0           # limit of nvidia-smi, which hangs where its driver does
 AGAIN_S = 600.0        # before a line of the same wait is said again
 WAIT_S = 5.0           # between two looks at a machine that is not ready
 PAUSED_S = 10.0        # between two looks at a run: more means that this process stood still
-GPU_FREE_MB, GPU_FREE_SHARE = 1024, 0.02     # of its memory, that others may use
+GPU_FREE_MB, GPU_FREE_SHARE = 2048, 0.05     # of its memory, that others, such as a desktop, may use
 CRASHES = 3            # in a row, before the best is run again to see whether it is the machine
-ERRORS = 3             # unexpected errors in a row that end a session
+ERRORS, ERRORS_APART = 3, 12     # unexpected errors in a row that end a session; how their waits grow
 LOCK_S = 5.0           # that git's locks are waited for
 OVERTIME_S = 30.0      # after the deadline, a run is cut off
 LOG_KEPT = 2**20       # bytes of a log that are kept for good
@@ -303,15 +304,18 @@ class Session:
     crashes: int = 0                 # rows in a row
     next_id: int = 1
     git_dir: Path = Path()
+    gpu_base_mb: float = 0.0         # that a model's server on this machine uses
     model: str = ""
     starting: bool = True            # nothing runs yet, and the model has not answered: what fails is the user's to fix
     slowest_s: float = 0.0           # of the model's replies; 0: none yet
     reply_limit: str = "max_tokens"  # the parameter's name for this server; empty: it knows none
     brief: bool = False              # requests are shortened, to fit the model's context
     tokens: int = 0                  # spent by this session
+    waited_s: float = 0.0            # for the machine or the model
     full_said: float = -math.inf     # when it was said that the disk is full, of time.monotonic
     spent: bool = False              # it was said that no more may be
     unusable: int = 0                # replies in a row
+    rest_s: float = 0.0              # before it is asked again, doubled until it proposes; 0: it proposed last
     quiet_until: float = 0.0         # of time.monotonic: as the server asked for
     listener: threading.Thread | None = None              # lives while the model does not answer
     bwrap: str = ""                  # the program that makes the sandbox; empty: there is none
@@ -333,7 +337,7 @@ class Session:
 
     @property
     def writing(self) -> Path:
-        return self.git_dir / f"autoresearch.{self.config.root.name}.writing"   # is there while something is written
+        return self.git_dir / "autoresearch.writing"   # is there while something is written
 
     @property
     def runs(self) -> Path:
@@ -910,8 +914,8 @@ def mended_results(text: str | None, results: list[Result]) -> str:
     """What results.tsv should hold: the file as it is, without half a line, with every row of the record in it."""
     rows = [row(r) for r in in_order(results)]
     if not text or not text.startswith(HEADER):
-        kept = [] if not text or HEADER.startswith(text) else [text if text.endswith("\n") else text + "\n"]
-        return "".join([HEADER, *rows, *(line for line in kept if line not in rows)])
+        kept = [] if not text or HEADER.startswith(text) else [line + "\n" for line in text.splitlines()]
+        return "".join([HEADER, *rows, *(line for line in kept if line not in (HEADER, *rows))])
     body, newline, torn = text.rpartition("\n")
     text = body + newline + ("" if not torn or any(r.startswith(torn) for r in rows) else torn + "\n")
     there = {row_key(line) for line in text.splitlines()}
@@ -978,6 +982,11 @@ def git(config: Config, *args: str, default: str | None = None, strip: bool = Tr
             raise
         return default
 
+def what_failed(error: BaseException) -> str:
+    """The last line of what git said, or of an error, for one line on the screen."""
+    lines = str(getattr(error, "stderr", "") or error).strip(" '\n").splitlines() or [type(error).__name__]
+    return one_line(lines[-1])[:200]
+
 def git_error() -> type[Exception]:
     """What git() raises."""
     from git import GitCommandError
@@ -1012,7 +1021,7 @@ def blob(config: Config, text: str) -> str:
 
 def write_tree(s: Session, parent: str, train_py: str, program: str) -> str:
     """Write a tree like the parent's with this train.py and program.md; returns its hash. No checkout, no index."""
-    config, index = s.config, s.git_dir / f"autoresearch.{s.config.root.name}.index"
+    config, index = s.config, s.git_dir / "autoresearch.index"
     prefix = git(config, "rev-parse", "--show-prefix")
     try:
         git(config, "read-tree", parent, GIT_INDEX_FILE=str(index))
@@ -1056,8 +1065,9 @@ def move_branch(s: Session, keep: Result) -> None:
     git(config, "update-ref", "-m", f"autoresearch: keep {keep.id}", ref, keep.commit, was)
     s.tip = keep.commit
     if git(config, "symbolic-ref", "--short", "HEAD", default="") == s.branch:
-        if read_text(config.root / "train.py") == file_at(config, keep.parent, "train.py"):
-            write_whole(config.root / "train.py", file_at(config, keep.commit, "train.py"))
+        text = git(config, "cat-file", "--filters", f"{keep.commit}:./train.py", strip=False)   # with the line ends set
+        if git(config, "diff", "--name-only", keep.parent, "--", "train.py", default="unknown") == "":
+            write_whole(config.root / "train.py", text)
         if not move_index(s, keep):
             return s.screen.say("      git's index is locked by another command, so `git status` shows train.py as "
                                 "changed; the next start of agent.py puts that right")
@@ -1078,10 +1088,12 @@ def read_text(path: Path, errors: str = "surrogateescape") -> str:
     """A file of the checkout, line ends and odd bytes as they are; empty where there is none."""
     return path.read_bytes().decode("utf-8", errors) if path.exists() else ""
 
+HALF = ".{}.autoresearch-half"   # the name of a file while it is written
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader never sees half of it."""
     path = path.resolve()   # a link stays one
-    new = path.with_name(path.name + ".new")
+    new = path.with_name(HALF.format(path.name))
     with open(new, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(text)
         file.flush()
@@ -1156,7 +1168,8 @@ def moved_to(s: Session) -> str:
 def mend(s: Session, record: list[Result]) -> None:
     """Finish what a session that died between a ref and the end of its work left undone; says so."""
     if is_unfinished(s.best, s.mine, moved_to(s)):
-        move_branch(s, s.best)
+        with uninterrupted(s):
+            move_branch(s, s.best)
         s.screen.say(f"finished what the last session left: {s.branch} and train.py are experiment {s.best.id}")
     path = s.config.root / "results.tsv"
     text = read_text(path) if path.exists() else None
@@ -1173,14 +1186,11 @@ def mend(s: Session, record: list[Result]) -> None:
 def mend_folders(s: Session) -> None:
     """Delete what is large in the runs' folders, but make the best's the new best/ where that is still another's."""
     best = s.runs / "best"
-    if not best.exists() and (s.runs / "best.new").exists():
-        (s.runs / "best.new").rename(best)
     for folder in s.runs.glob("[0-9]*"):
         whole = s.best is not None and folder.name == s.best.id and (folder / "checkpoint.pt").exists()
         if any((folder / name).exists() for name in LARGE):
             tidy(s, folder, whole and read_text(best / "train.py") != s.text)
-    for name in ("best.new", "best.old"):
-        remove(s.runs / name)
+    remove(s.runs / "best.new")
 
 def clear_left_over(s: Session) -> None:
     """Remove what a session that died in the middle of a write left: locks of its git commands, files half written.
@@ -1191,7 +1201,7 @@ def clear_left_over(s: Session) -> None:
     places = [s.git_dir / "index.lock", s.git_dir / "HEAD.lock", common / "packed-refs.lock",
               common / f"{s.moved_ref}.lock", common / "refs/heads" / f"{s.branch}.lock",
               *(common / "refs/autoresearch" / s.config.tag).glob("*.lock")]
-    for path in s.git_dir.glob(glob.escape(f"autoresearch.{s.config.root.name}.index") + "*"):
+    for path in s.git_dir.glob("autoresearch.index*"):
         path.unlink()
     limit, writing = time.monotonic() + LOCK_S, s.writing.stat().st_mtime if s.writing.exists() else math.inf
     while (locks := [path for path in places if path.exists()]) and time.monotonic() < limit:
@@ -1203,10 +1213,10 @@ def clear_left_over(s: Session) -> None:
         path.unlink()
         s.screen.say(f"removed {path.name}, which the last session left behind")
     s.writing.unlink(missing_ok=True)
-    for name in ("train.py.new", "results.tsv.new"):
-        (s.config.root / name).unlink(missing_ok=True)
-    empty = [path for path in (common / "objects").glob("[0-9a-f][0-9a-f]/*") if not path.stat().st_size]
-    for path in empty:
+    for name in ("train.py", "results.tsv"):
+        (s.config.root / HALF.format(name)).unlink(missing_ok=True)
+    objects = [path for path in (common / "objects").glob("[0-9a-f][0-9a-f]/*") if not path.name.startswith("tmp_obj")]
+    for path in (path for path in objects if not path.stat().st_size):
         path.unlink()   # no object is empty, and git would not write it anew
         s.screen.say(f"removed {path.parent.name}{path.name}, an empty object in git's store: the power went")
 
@@ -1215,6 +1225,9 @@ def check_same_conditions(s: Session, mine: list[Result]) -> None:
     names = ("data", "preset", "device", "time budget")
     for r in mine:
         other = [f"{name} {was} (now {is_})" for name, was, is_ in zip(names, r.conditions, s.conditions) if was != is_]
+        if s.device == "cuda" and r.device != "cuda":
+            raise UserError(f"{s.branch} was made on {r.device}, and nvidia-smi does not tell what this machine has. "
+                            f"Type nvidia-smi to see why, then start again")
         if other:
             raise UserError(f"{s.branch} was made with {', '.join(other)}: the scores would not compare. "
                             f"Begin another branch with --tag NAME")
@@ -1224,13 +1237,14 @@ def append_rows(config: Config, results: list[Result]) -> None:
     path = config.root / "results.tsv"
     if not path.exists() or not path.stat().st_size:
         return write_whole(path, mended_results(None, read_record(config)))   # the user has deleted it
-    with open(path, "ab+") as file:
+    with open(path, "ab+", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(size - 1)
         newline = "" if file.read() == b"\n" else "\n"
         try:
-            file.write((newline + "".join(map(row, results))).encode())
-            file.flush()
+            data = (newline + "".join(map(row, results))).encode()
+            while data:
+                data = data[file.write(data):]
             os.fsync(file.fileno())
         except OSError:
             os.truncate(path, size)
@@ -1259,11 +1273,11 @@ def uninterrupted(s: Session):
 @contextlib.contextmanager
 def locked(s: Session):
     """One session a checkout: the lock goes with the process. Raises UserError where another holds it."""
-    path = s.git_dir / f"autoresearch.{s.config.root.name}.lock"
+    path = s.git_dir / "autoresearch.lock"
     with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"a session is running here already, process {path.read_text()}") from None
         path.write_text(str(os.getpid()))
         yield
@@ -1614,7 +1628,7 @@ def foreign_load(s: Session) -> str:
     limit = time.monotonic() + WAIT_S
     while load := gpu_memory_mb(s):
         used, total = load
-        if used <= GPU_FREE_MB + GPU_FREE_SHARE * total:
+        if used <= s.gpu_base_mb + GPU_FREE_MB + GPU_FREE_SHARE * total:
             return ""
         if time.monotonic() > limit:   # a process that has ended may hold it for a moment
             return f"another program uses {used / 1024:.1f} of the GPU's {total / 1024:.0f} GB"
@@ -1646,12 +1660,10 @@ def nvidia_smi(*args: str) -> str:
 
 def lack_of_disk(s: Session) -> str:
     """What the disk lacks for a run; empty when it has room."""
-    disk = os.statvfs(s.config.root)
-    free = disk.f_bavail * disk.f_frsize
+    folders = s.config.root, s.runs if s.runs.exists() else s.config.root
+    free = min(shutil.disk_usage(folder).free for folder in folders)
     if free < s.config.needed_bytes:
         return f"{free / 2**30:.2f} GB of the disk are free, {s.config.needed_bytes / 2**30:.2f} are needed"
-    if disk.f_files and disk.f_favail < WORK_FILES:
-        return f"only {disk.f_favail} more files fit on the disk"
     return ""
 
 def wait_for_machine(s: Session) -> None:
@@ -1668,6 +1680,7 @@ def wait_for_machine(s: Session) -> None:
 def pause(s: Session, seconds: float, why: str) -> None:
     """Wait, for Ctrl-C and the deadline as well, and say why on the live line. Raises OutOfTime."""
     until = time.monotonic() + seconds
+    s.waited_s += seconds
     while (left_s := until - time.monotonic()) > 0:
         if s.left_s() < 0:
             raise OutOfTime(f"the deadline came while {why}" if why.startswith("waiting") else why)
@@ -1677,7 +1690,8 @@ def pause(s: Session, seconds: float, why: str) -> None:
 def is_full(error: BaseException) -> bool:
     """Whether an error of ours, of a copy of many files or of git says that the disk is full."""
     full = (errno.ENOSPC, errno.EDQUOT)
-    texts = ("No space left on device", "Disk quota exceeded", *(f"[Errno {number}]" for number in full))
+    texts = ("No space left on device", "Disk quota exceeded", "Out of diskspace", "couldn't write",
+             *(f"[Errno {number}]" for number in full))
     return getattr(error, "errno", None) in full or any(text in str(error) for text in texts)
 
 def score(s: Session, folder: Path, text: str) -> Score:
@@ -1690,7 +1704,7 @@ def score(s: Session, folder: Path, text: str) -> Score:
                 shutil.copyfile(folder / name, work / name)
         with child(s, work, args, log) as running:
             rows = [s.data.folder / "val.bin"]
-            killed = watch(s, work, running, ("scoring", "scoring"), (RECEIVING_S, SCORING_S), secret, rows).killed
+            seen = watch(s, work, running, ("scoring", "scoring"), (RECEIVING_S, SCORING_S), secret, rows)
             exit_code = running.process.returncode
         take(work, folder, "compile-score", "score.json", "val_rows.npy")
         found = read_facts(folder / "score.json")
@@ -1698,13 +1712,13 @@ def score(s: Session, folder: Path, text: str) -> Score:
             raise UserError("the data were prepared anew while the session ran. Start again")
         if isinstance(found.get("invalid"), str):
             return Score(status="invalid", reason=one_line(found["invalid"])[:200])
-        if not killed and exit_code == 0 and found.get("secret") == secret and number(found, "val_bpb") > 0:
+        if not seen.killed and exit_code == 0 and found.get("secret") == secret and number(found, "val_bpb") > 0:
             return Score(val_bpb=number(found, "val_bpb"))
-        if killed:
+        if seen.killed:
             break
-    reason = killed or crash_reason(exit_code, log_tail(log), True)
-    full = shutil.disk_usage(s.runs).free < s.config.reserve
-    return Score(status="void" if full else "crash", reason=DISK_FULL if full else f"scoring: {reason or 'no score'}")
+    reason = seen.killed or crash_reason(exit_code, log_tail(log), True) or "no score"
+    fault = machine_fault(s, seen, 0.0, reason)
+    return Score(status="void" if fault else "crash", reason=fault or f"scoring: {reason}")
 
 def open_plain(path: Path):
     """Open a file for reading that a run may have put there: never through a link, and no pipe that would never end."""
@@ -1803,14 +1817,11 @@ LARGE = ("checkpoint.pt", "compile", "compile-score", "work")   # what is delete
 def tidy(s: Session, folder: Path, kept: bool) -> None:
     """Make a keep's folder, with checkpoint and compile caches, the new best/; delete what is large in its own."""
     if kept:
-        new, best, old = s.runs / "best.new", s.runs / "best", s.runs / "best.old"
+        new, best = s.runs / "best.new", s.runs / "best"
         remove(new)
         copy_plain(folder, new, "run.log", "score.log", "llm.md")
-        remove(old)
-        if best.exists():
-            best.rename(old)
+        remove(best)
         new.rename(best)
-        remove(old)
     for log in folder.glob("*.log"):
         if log.stat().st_size > LOG_KEPT:
             write_whole(log, log.read_bytes()[-LOG_KEPT:].decode(errors="replace"))
@@ -1889,19 +1900,23 @@ class Reply(NamedTuple):
     prompt_tokens: int | None
     cut: bool
 
-QUOTA = re.compile(r"insufficient.(quota|credit|balance|fund)|exceeded your current quota|out of credit", re.I)
+QUOTA = re.compile(r"insufficient.(quota|credit|balance|fund)|out of credit", re.I)
 TOO_LONG = re.compile(r"context.length.exceeded|context (length|window|size)|(prompt|input) is too long|"
-                      r"too many (input )?tokens|exceeds? .{0,40}context", re.I)
+                      r"too many (input )?tokens|exceeds? .{0,40}context|input token count|max_new_tokens|"
+                      r"request too large", re.I)
 LIMIT_NAMES = ("max_tokens", "max_completion_tokens", "")   # empty: none is sent
 
 def trouble(status: int, headers: Mapping[str, str], error: object) -> NoReply:
     """What a server's refusal means: its status, its headers, and the error in its body."""
+    error = error[0] if isinstance(error, list) and error else error   # Gemini wraps it once more
+    error = error.get("error", error) if isinstance(error, dict) else error
     about = error if isinstance(error, dict) else {"message": error}
     text = one_line(f"{about.get('message') or about} {about.get('code') or ''} {about.get('param') or ''}")
     reason, kind = one_line(str(about.get("message") or f"status {status}"))[:200].rstrip("."), "refused"
-    if status in (400, 413, 422):
-        named = [name for name in LIMIT_NAMES[:2] if re.search(rf"\b{name}\b", text)]
-        kind = "long" if TOO_LONG.search(text) else named[0] if named else "refused"
+    if status == 413 or status in (400, 422, 429) and TOO_LONG.search(text):
+        kind = "long"
+    elif status in (400, 422):
+        kind = next((name for name in LIMIT_NAMES[:2] if re.search(rf"\b{name}\b", text)), "refused")
     elif status >= 500 or status in (408, 409, 425, 429) and not QUOTA.search(text):
         kind = "passing"
     return NoReply(f"{status}: {reason}", kind, retry_after_s(headers))
@@ -1947,31 +1962,43 @@ def plain_text(content: object) -> str:
 
 def without_key(config: Config, text: str) -> str:
     """A server's text without the user's key, which some repeat. Dummies of local servers are no secret."""
-    return text.replace(config.api_key, "***") if len(config.api_key or "") >= 12 else text
+    key = (config.api_key or "").strip()
+    return text.replace(key, "***") if len(key) >= 12 else text
 
 def ask_once(s: Session, messages: list[dict], limit_s: float) -> Reply:
     """One request, over after limit_s whatever the server does. Raises NoReply."""
     import openai
-    asking, asked = client(s.config, limit_s), sum(len(message["content"]) for message in messages)
-    sent = {s.reply_limit: REPLY_TOKENS} if s.reply_limit else {}
-    began, clock = time.monotonic(), threading.Timer(limit_s, asking.close)   # the client's own limit is one per read
-    clock.daemon = True
-    clock.start()
+    asked = sum(len(message["content"]) for message in messages)
+    sent = {"model": s.model, "messages": messages, **({s.reply_limit: REPLY_TOKENS} if s.reply_limit else {})}
+    asking, answers = client(s.config, limit_s), queue.SimpleQueue()
+    threading.Thread(target=fetch, args=(asking, sent, answers), daemon=True).start()
     try:
-        answer = asking.chat.completions.with_raw_response.create(model=s.model, messages=messages, **sent)
-        reply = parse_answer(without_key(s.config, answer.content.decode(errors="replace")), asked)
+        answer = answers.get(timeout=limit_s)
+        if isinstance(answer, openai.APIStatusError):
+            raise trouble(answer.status_code, answer.response.headers, answer.body or "")
+        if isinstance(answer, openai.APIError):
+            raise NoReply(one_line(f"{answer} {answer.__cause__ or ''}")[:200].rstrip(". "), "unreachable")
+        if isinstance(answer, ValueError):   # a key that no header can hold
+            raise NoReply(str(answer), "refused")
+        reply = parse_answer(answer.decode(errors="replace"), asked)
         s.tokens += reply.tokens
-        return reply
-    except openai.APIStatusError as error:
-        failure = trouble(error.status_code, error.response.headers, error.body or "")
-    except openai.APIError as error:
-        late = time.monotonic() - began > 0.99 * limit_s
-        reason = one_line(f"{error} {error.__cause__ or ''}")[:200].rstrip(". ")
-        failure = NoReply(f"no answer within {limit_s:.0f} s") if late else NoReply(reason, "unreachable")
+        return reply._replace(text=without_key(s.config, reply.text))
+    except queue.Empty:
+        s.slowest_s = max(s.slowest_s, limit_s)   # the next limit is longer
+        raise NoReply(f"no answer within {limit_s:.0f} s") from None
+    except NoReply as error:
+        raise NoReply(without_key(s.config, str(error)), error.kind, error.wait_s) from None
     finally:
-        clock.cancel()
         asking.close()
-    raise NoReply(without_key(s.config, str(failure)), failure.kind, failure.wait_s)
+
+def fetch(asking, sent: dict, answers: queue.SimpleQueue) -> None:
+    """Put the body of an answer, or openai's error, into a queue: in a thread of its own, because the client's time
+    limit is one for each read, and none for the name of the server. Nobody waits for it longer than the limit."""
+    import openai
+    try:
+        answers.put(asking.chat.completions.with_raw_response.create(**sent).content)
+    except (openai.APIError, ValueError) as error:
+        answers.put(error)
 
 def ask(s: Session, messages: list[dict], kept: bool = True) -> Reply:
     """A reply of the model, waiting out short outages. kept: the exchange goes to llm.md. Raises NoReply, UserError."""
@@ -2013,8 +2040,8 @@ def reply_limit_s(s: Session) -> float:
 
 def patience_s(s: Session, error: NoReply) -> float:
     """How long a failure is waited out. A server that has never answered may be a mistake in its URL."""
-    if error.kind not in ("passing", "unreachable", "foreign"):
-        return 0.0
+    if error.kind not in ("passing", "unreachable", "foreign") or s.rest_s:
+        return 0.0   # or it has answered the listener only
     at_start = {"unreachable": REACH_S, "foreign": 0.0} if s.starting else {}
     return min(s.config.outage_s, at_start.get(error.kind, math.inf))
 
@@ -2028,17 +2055,16 @@ def adapted(s: Session, error: NoReply) -> bool:
 def check_prompt(s: Session, messages: list[dict], reply: Reply) -> None:
     """Raise UserError where a server's first answer shows that it has read a part of the request only."""
     asked = sum(len(message["content"]) for message in messages)
-    if reply.prompt_tokens and reply.prompt_tokens * 8 < asked > CUT_CHARS and not s.brief:
+    if reply.prompt_tokens and reply.prompt_tokens * 6 < asked > CUT_CHARS and not s.brief:
         if s.starting:
             raise UserError(f"{s.config.base_url} has cut the prompt: it read {reply.prompt_tokens} tokens of about "
                             f"{asked // 4}. Give {s.model} a longer context (Ollama: OLLAMA_CONTEXT_LENGTH=32768)")
         raise NoReply(f"the server has cut the prompt to {reply.prompt_tokens} tokens", "cut")
 
-def listen(s: Session, kind: str) -> None:
+def listen(s: Session) -> None:
     """While the model does not answer, ask it for one word now and then, in the background; returns when it answers."""
-    rest_s = REFUSED_S if kind == "refused" else min(ASK_S, s.config.outage_s)
     while True:
-        time.sleep(max(rest_s, s.quiet_until - time.monotonic()))
+        time.sleep(max(s.rest_s, s.quiet_until - time.monotonic()))
         try:
             ask_once(s, [{"role": "user", "content": "Answer with the word yes."}], max(s.config.outage_s, 1.0))
             return
@@ -2101,7 +2127,7 @@ def converse(s: Session, messages: list[dict], base: str, asked: Proposal) -> tu
                 raise EditError(f"The reply was cut off after {len(reply.text)} characters by a limit of its length. "
                                 f"Think less and send a shorter one: SET lines, or small blocks.")
             proposal, text = checked(reply.text, base, s.data.preset, known, s.config.rules)
-            s.unusable = 0
+            s.unusable, s.rest_s = 0, 0.0
             return replace(proposal, model=s.model, program=asked.program), text
         except EditError as error:
             s.unusable += 1
@@ -2157,14 +2183,18 @@ class Screen:
 
     def say(self, line: str) -> None:
         """A line that stays. A closed terminal or pipe, or a full disk, does not end the session."""
-        if self.log:
-            with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8", errors="replace") as file:
-                file.write(f"{now()}  {line.strip()}\n")
+        self.keep(line)
         with contextlib.suppress(OSError, UnicodeError):
             if self.live:
                 self.live.console.print(line, markup=False, highlight=False, soft_wrap=True)
             else:
                 print(line, flush=True)
+
+    def keep(self, line: str) -> None:
+        """Add a line to the session's log."""
+        if self.log:
+            with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8", errors="replace") as file:
+                file.write(f"{now()}  {line.strip()}\n")
 
     def phase(self, text: str, log: Path | None = None) -> None:
         """What goes on now, with loss and speed from a log. In a terminal only; with a log, twice a second at most."""
@@ -2247,7 +2277,7 @@ def candidate(s: Session) -> tuple[Proposal, str]:
                 s.text, s.data.preset, f"{s.config.tag}/{s.proposal_id}", tried(s.results))
             return replace(proposal, program=program, llm_tokens=s.tokens - spent or None), text
         except UserError:
-            if s.config.proposer == "search":
+            if s.config.proposer == "search" or s.spent:
                 raise
             pause(s, ASK_S, f"waiting: no answer from {s.model}, and nothing that the search has not tried")
 
@@ -2281,8 +2311,10 @@ def fall_back(s: Session, error: NoReply) -> None:
         what = "the request is too long for it: " * (error.kind == "long")
         raise UserError(f"{s.config.base_url}, model {s.model}: {what}{error}. {WAYS_ON}")
     if error.kind != "spent":
+        first_s = REFUSED_S if error.kind == "refused" else min(ASK_S, s.config.outage_s)
+        s.rest_s = min(max(first_s, 2 * s.rest_s), REST_S)
         s.screen.say(f"      no answer from {s.model} ({error}); the search proposes until it answers again")
-        s.listener = threading.Thread(target=listen, args=(s, error.kind), daemon=True)
+        s.listener = threading.Thread(target=listen, args=(s,), daemon=True)
         s.listener.start()
     elif not s.spent:
         s.spent = True
@@ -2292,7 +2324,13 @@ def attempt(s: Session, text: str, id: str, number: int = 0, seed: int = SEED) -
     """Train a text and score it in a fresh folder, again where the machine spoiled it. Raises OutOfTime."""
     while True:
         wait_for_machine(s)
-        run, verdict, folder = attempt_once(s, text, id, number, seed)
+        try:
+            run, verdict, folder = attempt_once(s, text, id, number, seed)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            wait_for_room(s, error)
+            continue
         if "void" not in (run.status, verdict.status):
             return run, verdict, folder
         why = f"{id} does not count ({run.reason or verdict.reason})"
@@ -2318,21 +2356,22 @@ def attempt_once(s: Session, text: str, id: str, number: int, seed: int) -> tupl
 
 def experiment(s: Session, proposal: Proposal, text: str) -> Result:
     """Train, score, decide, record: one row. A crash goes back to the model that caused it. Raises OutOfTime."""
-    start, id, best_bpb = time.monotonic(), f"{s.next_id:04d}", s.best.val_bpb if s.best else None
+    start, id = time.monotonic() - s.waited_s, f"{s.next_id:04d}"
+    best_bpb = s.best.val_bpb if s.best else None
     s.screen.label = id, proposal.description
     proposal, text, run, verdict, folder = repaired(s, proposal, text, id, best_bpb)
-    status, wall_s, again = decide(run, verdict, best_bpb), time.monotonic() - start, None
+    status, wall_s, again = decide(run, verdict, best_bpb), time.monotonic() - s.waited_s - start, None
     if status[0] == "keep" and too_good(verdict, best_bpb):
         s.screen.say(f"      {id}: val_bpb {verdict.val_bpb:.6f} is too good to believe at once; again on another seed")
-        if enough_time(s):
-            again = attempt(s, text, f"{s.next_id + 1:04d}", seed=CONFIRM_SEED)
-            status = decide(run, verdict, best_bpb, again[:2])
-        else:
-            status = "discard", "too good to believe, and no time to confirm it"
+        status = "discard", "too good to believe, and no time to confirm it"
+        with contextlib.suppress(OutOfTime):
+            if enough_time(s):
+                again = attempt(s, text, f"{s.next_id + 1:04d}", seed=CONFIRM_SEED)
+                status = decide(run, verdict, best_bpb, again[:2])
     results, folders = [result_of(s, proposal, text, run, verdict, status, wall_s)], [folder]
     if again:
         repeat = result_of(s, proposal, text, *again[:2], ("verify", decide(*again[:2], best_bpb)[1]),
-                           time.monotonic() - start - wall_s)
+                           time.monotonic() - s.waited_s - start - wall_s)
         results.append(replace(repeat, id=f"{s.next_id + 1:04d}", seed=CONFIRM_SEED, llm_tokens=None))
         folders.append(again[2])
     return record(s, proposal, text, results, folders)
@@ -2350,10 +2389,13 @@ def repaired(s: Session, proposal: Proposal, text: str, id: str, best_bpb: float
         spent = s.tokens
         mended = repair(s, proposal, text, reason, run.log)
         proposal = replace(proposal, llm_tokens=(proposal.llm_tokens or 0) + s.tokens - spent)
-        if mended is None:
+        if mended is None or not enough_time(s):
             break
+        try:
+            run, verdict, folder = attempt(s, mended[1], id, number)
+        except OutOfTime:
+            break   # the crash stands
         proposal, text = replace(mended[0], llm_tokens=proposal.llm_tokens), mended[1]
-        run, verdict, folder = attempt(s, text, id, number)
     return proposal, text, run, verdict, folder
 
 def result_of(s: Session, proposal: Proposal, text: str, run: Run, verdict: Score, status: tuple[str, str],
@@ -2380,20 +2422,26 @@ def record(s: Session, proposal: Proposal, text: str, results: list[Result], fol
                 else write_tree(s, results[0].parent, text, proposal.program))
         results[:] = write_refs(s, results, tree)
 
-    steps = [refs, lambda: append_rows(s.config, results), lambda: note(s, text, results)]
+    steps = [refs, lambda: note(s, text, results), lambda: append_rows(s.config, results)]
     if results[0].status == "keep" and proposal.proposer != "baseline":
         steps.append(lambda: move_branch(s, results[0]))
     steps += [lambda r=r, folder=folder: tidy(s, folder, r.status == "keep") for r, folder in zip(results, folders)]
+    failures = 0
     while steps:
         try:
             with uninterrupted(s):
                 while steps:
+                    s.writing.touch()   # git's locks are not older than that by much
                     steps[0]()
                     del steps[0]
         except (OSError, git_error()) as error:
-            if not is_full(error):
+            failures += not is_full(error)
+            if failures >= ERRORS:
                 raise
-            wait_for_room(s, error)
+            if is_full(error):
+                wait_for_room(s, error)
+            else:
+                pause(s, LOCK_S, f"waiting: {what_failed(error)}")
     s.screen.standing = standing(s.mine, s.best)
     if s.spoiled:
         raise UserError(f"experiment {results[0].id} {s.spoiled}, and had no sandbox. Put that right before you start "
@@ -2414,7 +2462,7 @@ def wait_for_room(s: Session, error: BaseException) -> None:
     """Wait until the disk may have room again. Raises OutOfTime."""
     if time.monotonic() - s.full_said > AGAIN_S:
         s.full_said = time.monotonic()
-        s.screen.say(f"      the disk is full ({one_line(str(error))[-100:]}); waiting for room")
+        s.screen.say(f"      the disk is full ({what_failed(error)}); waiting for room")
     pause(s, WAIT_S, "waiting: the disk is full")
     while lack_of_disk(s):
         pause(s, WAIT_S, "waiting: the disk is full")
@@ -2434,9 +2482,9 @@ def check_machine(s: Session) -> None:
     status, reason = decide(run, verdict, None)
     row = result_of(s, again, s.text, run, verdict, ("verify", reason), time.monotonic() - start)
     record(s, again, s.text, [row], [folder])
-    if status == "crash":
-        raise UserError(f"{CRASHES} experiments crashed in a row, and now the best too ({reason}): it is the machine. "
-                        f"See runs/{s.config.tag}/{id}/run.log, put it right, then start again")
+    if status != "keep":
+        raise UserError(f"{CRASHES} experiments crashed in a row, and now the best fails too ({reason}): it is the "
+                        f"machine. See runs/{s.config.tag}/{id}/run.log, put it right, then start again")
     s.screen.say("      the best runs as before: it was the ideas")
 
 def begin(s: Session, resumed: bool) -> None:
@@ -2461,6 +2509,8 @@ def begin(s: Session, resumed: bool) -> None:
     if s.best or s.config.experiments != 1:
         s.ready = candidate(s)
     s.starting = False
+    if urlsplit(s.config.base_url).hostname in ("localhost", "127.0.0.1", "::1") and s.config.proposer != "search":
+        s.gpu_base_mb = (gpu_memory_mb(s) or (0.0, 0.0))[0]
     if not resumed:
         make_branch(s)
         mend(s, record)
@@ -2525,17 +2575,18 @@ def loop(s: Session) -> None:
             errors = 1 if s.rows > rows else errors + 1
             if is_full(error):
                 wait_for_room(s, error)
-            elif errors >= ERRORS:
-                raise
             else:
                 survive(s, error)
+                if errors >= ERRORS:
+                    raise
+                pause(s, WAIT_S * ERRORS_APART ** (errors - 1), "waiting after an error")
 
 def survive(s: Session, error: Exception) -> None:
     """Say an error that nobody expected in a line, and keep its traceback."""
     with contextlib.suppress(OSError), open(s.runs / "errors.log", "a", encoding="utf-8") as file:
         file.write(f"{now()}\n{''.join(traceback.format_exception(error))}\n")
     s.screen.say(f"      unexpected, in runs/{s.config.tag}/errors.log: {type(error).__name__}: "
-                 f"{one_line(str(error))[:200]}; going on")
+                 f"{what_failed(error)}; going on")
 
 def closing(s: Session) -> str:
     """What was gained, where it is, how to have it."""
@@ -2562,9 +2613,9 @@ def opened(config: Config, screen: Screen) -> tuple[Session, bool]:
     if shutil.disk_usage(config.root).free < config.needed_bytes:
         need = f"{config.needed_bytes / 2**30:.2f} GB"
         raise UserError(f"less than {need} are free on the disk of {config.root}: make room first")
-    data = prepared_data(config)
     if config.hours:
         screen.deadline = time.monotonic() + config.hours * 3600
+    data = prepared_data(config)
     s = Session(replace(config, tag=tag), data, device_name(data.preset), screen, screen.deadline)
     s.git_dir = Path(git(config, "rev-parse", "--absolute-git-dir"))
     return s, resumed
@@ -2579,6 +2630,9 @@ def session(config: Config) -> int:
             loop(s)
         except OutOfTime as end:
             screen.say(f"      {end}; no row")
+        except UserError as error:
+            screen.keep(str(error))
+            raise
         except KeyboardInterrupt:
             screen.say("stopped; an experiment that was under way leaves no row")
             return 130
@@ -2688,7 +2742,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, git_error()) as error:
         if not is_full(error) and isinstance(error, OSError):
             raise
-        print(f"agent.py: {one_line(str(getattr(error, 'stderr', '') or error))[-200:]}", file=sys.stderr)
+        print(f"agent.py: {what_failed(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -54,7 +54,7 @@ class Checkout:
     def run(self, *args, **env):
         """agent.py as a process, its output in a pipe."""
         return subprocess.run(
-            self.command(*args), cwd=self.root, env=self.env(**env), capture_output=True, text=True, timeout=60
+            self.command(*args), cwd=self.root, env=self.env(**env), capture_output=True, text=True, timeout=120
         )
 
     def record(self):
@@ -150,7 +150,7 @@ def completion(text, tokens=100):
         "created": 0,
         "model": "tiny",
         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-        "usage": {"prompt_tokens": tokens - 10, "completion_tokens": 10, "total_tokens": tokens},
+        "usage": {"completion_tokens": 10, "total_tokens": tokens},
     }
 
 

@@ -333,7 +333,7 @@ def test_a_run_dies_with_the_agent(checkout, mode):
 def test_a_machine_that_slept_voids_the_run(checkout, capsys):
     times = iter([0.0, 60.0])
     assert checkout.session(experiments=1, asleep_s=lambda: next(times, 60.0)) == 0
-    assert capsys.readouterr().out.count("the machine slept during the run; it is run again") == 1
+    assert capsys.readouterr().out.count("does not count (the machine slept); it is run again") == 1
     assert [r.status for r in checkout.record()] == ["keep"] and len(checkout.rows()) == 1
 
 

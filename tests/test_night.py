@@ -187,7 +187,7 @@ def test_a_lost_gpu_ends_the_session_with_one_line_and_the_same_command_goes_on(
         flag.touch()
         return rate(1.5)
 
-    with pytest.raises(agent.UserError, match=r"crashed in a row, and now the best too \(RuntimeError: CUDA error"):
+    with pytest.raises(agent.UserError, match=r"crashed in a row, and now the best fails too \(RuntimeError: CUDA error"):
         llm(checkout, server, rate(1.4), lost, *DEAD, rate(1.6), *DEAD, rate(1.7), *DEAD, experiments=9, rules=False)
     assert [r.status for r in checkout.record()] == ["keep", "keep", "crash", "crash", "crash", "verify"]
     flag.unlink()
@@ -245,7 +245,7 @@ def test_a_branch_that_was_made_but_not_checked_out_is_taken_up(checkout):
 def test_locks_that_a_dead_session_left_are_removed(checkout, monkeypatch, lock, capsys):
     monkeypatch.setattr(agent, "LOCK_S", 0.5)
     checkout.session(experiments=2, tag="x")
-    (checkout.root / ".git" / f"autoresearch.{checkout.root.name}.writing").touch()
+    (checkout.root / ".git" / "autoresearch.writing").touch()
     (checkout.root / ".git" / lock).touch()
     checkout.session(experiments=2, tag="x")
     assert f"removed {Path(lock).name}, which the last session left" in capsys.readouterr().out
@@ -308,7 +308,7 @@ def test_a_best_folder_that_lags_is_made_anew(checkout, server):
 
 
 def test_a_lock_of_a_dead_session_does_not_matter(checkout):
-    lock = checkout.root / ".git" / f"autoresearch.{checkout.root.name}.lock"
+    lock = checkout.root / ".git" / "autoresearch.lock"
     lock.write_text("99999999")
     assert checkout.session(experiments=1) == 0
 

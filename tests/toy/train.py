@@ -10,8 +10,7 @@ BPB = None      # the score itself, if it is a number
 SIZES = {  # the row of the active preset is used
     # DEPTH: best at 6 [1, 12]
     "cpu": dict(DEPTH=4, HEADS=2),
-    "mac": dict(DEPTH=8, HEADS=4),
-    "consumer": dict(DEPTH=4, HEADS=2),
+    "mac": dict(DEPTH=8, HEADS=4), "consumer": dict(DEPTH=4, HEADS=2),
 }
 
 
