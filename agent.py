@@ -1213,8 +1213,9 @@ def clear_left_over(s: Session) -> None:
         path.unlink()
         s.screen.say(f"removed {path.name}, which the last session left behind")
     s.writing.unlink(missing_ok=True)
-    for name in ("train.py", "results.tsv"):
-        (s.config.root / HALF.format(name)).unlink(missing_ok=True)
+    for path in (s.config.root / HALF.format("train.py"), s.config.root / HALF.format("results.tsv"),
+                 *s.runs.glob("*/" + HALF.format("*"))):
+        path.unlink(missing_ok=True)
     objects = [path for path in (common / "objects").glob("[0-9a-f][0-9a-f]/*") if not path.name.startswith("tmp_obj")]
     for path in (path for path in objects if not path.stat().st_size):
         path.unlink()   # no object is empty, and git would not write it anew

@@ -77,60 +77,18 @@ def test_a_wrong_command_line_is_exit_2(checkout, args):
     assert done.returncode == 2 and args[0] in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_refused_key_or_model_ends_at_once_and_changes_nothing(checkout, server, status):
-    server.script.append((status, {"error": {"message": "no such key or model"}}))
+def test_a_refused_key_or_model_ends_at_once_and_changes_nothing(checkout, server):
+    server.script.append((401, {"error": {"message": "no such key or model"}}))
     began = time.monotonic()
     done = checkout.run(OPENAI_BASE_URL=server.url, OPENAI_API_KEY="sk-x", OPENAI_MODEL="m")
     assert done.returncode == 2 and "no such key or model" in done.stderr and len(done.stderr.splitlines()) == 1
     assert time.monotonic() - began < 10 and checkout.git("branch", "--format=%(refname:short)") == "main"
 
 
-def test_a_server_that_is_not_there_is_exit_2(checkout):
-    done = checkout.run("--model", "m", OPENAI_BASE_URL="http://127.0.0.1:9/v1")
-    assert done.returncode == 2 and "127.0.0.1:9" in done.stderr and "--proposer search" in done.stderr
-
-
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x"])
 def test_a_url_without_http_is_explained(checkout, url):
     done = checkout.run("--model", "m", OPENAI_BASE_URL=url)
     assert done.returncode == 2 and "http://localhost:8000/v1" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "trouble",
-    [
-        (503, {"error": {"message": "busy"}}),
-        (429, {"error": {"message": "slow down"}}),
-        (200, {"error": {"message": "upstream"}}),
-        (200, {"choices": []}),
-        (200, ["odd"]),
-        (200, {"choices": [{"message": None}]}),
-    ],
-)
-def test_a_passing_outage_is_waited_out(checkout, server, trouble):
-    """Answers without a reply in the middle of a session are asked again."""
-    server.script += [reply("SET RATE = 2.0"), trouble, reply("SET RATE = 2.5")]
-    checkout.session(proposer="llm", base_url=server.url, experiments=3)
-    assert [r.proposer for r in checkout.record()] == ["baseline", "llm", "llm"] and len(server.requests) == 3
-
-
-def test_exhausted_quota_is_not_waited_for(checkout, server):
-    broke = (429, {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}})
-    server.script += [broke]
-    done = checkout.run("--model", "m", OPENAI_BASE_URL=server.url)
-    assert done.returncode == 2 and "exceeded your quota" in done.stderr
-    server.script += [reply("SET RATE = 2.0"), broke]
-    checkout.session(proposer="llm", base_url=server.url, experiments=3)
-    assert [r.proposer for r in checkout.record()] == ["baseline", "llm", "search"] and not server.script
-
-
-def test_an_answer_without_usage_or_text(checkout, server):
-    bare = {"choices": [{"index": 0, "message": {"role": "assistant", "content": reply("SET RATE = 2.0")}}]}
-    empty = {"choices": [{"index": 0, "message": {"role": "assistant", "content": None}}], "usage": {}}
-    server.script += [(200, empty), (200, bare)]
-    checkout.session(proposer="llm", base_url=server.url, experiments=2)
-    assert "no edit" in server.asked(1)
 
 
 def test_a_page_instead_of_an_endpoint_is_exit_2(checkout, server):

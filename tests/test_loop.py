@@ -529,7 +529,8 @@ def test_a_record_is_not_interrupted(checkout):
     assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_locked_index_does_not_lose_a_keep(checkout, server):
+def test_a_locked_index_does_not_lose_a_keep(checkout, server, monkeypatch):
+    monkeypatch.setattr(agent, "LOCK_S", 0.5)
     lock = checkout.root / ".git" / "index.lock"
 
     def locking(body):

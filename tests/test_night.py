@@ -339,6 +339,7 @@ def test_a_commit_of_the_user_in_mid_session_is_gone_on_from(checkout, server, c
     assert checkout.git("rev-parse", "HEAD") == record[3].commit
 
 
+@pytest.mark.slow
 def test_a_branch_moved_while_a_keep_trained_stays_moved(checkout, server, capsys):
     def meddle():
         time.sleep(0.7)
@@ -398,6 +399,7 @@ def test_gc_in_mid_session_takes_nothing(checkout, server):
     assert checkout.git("fsck", "--full", "--no-dangling") == ""
 
 
+@pytest.mark.slow
 def test_what_nobody_expected_is_kept_and_gone_on_from(checkout, server, capsys):
     """The user deletes the folder of the runs while one is under way."""
     gone = []
