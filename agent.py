@@ -1945,7 +1945,8 @@ def parse_answer(body: str, asked: int) -> Reply:
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     if error := found.get("error") or choice.get("error"):
         code = error.get("code") if isinstance(error, dict) else None
-        raise trouble(int(code) if str(code).isdigit() else 500, {}, error)
+        by_word = 401 if "api_key" in str(code) else 429 if QUOTA.search(str(error)) else 500
+        raise trouble(int(code) if str(code).isdigit() else by_word, {}, error)
     if not isinstance(message := choice.get("message"), dict):
         raise NoReply(f"an answer without a reply: {one_line(str(found))[:150]}")
     texts = (plain_text(message.get(name)) for name in ("content", "reasoning_content", "reasoning"))
@@ -2073,6 +2074,22 @@ def listen(s: Session) -> None:
             adapted(s, error)
             s.quiet_until = time.monotonic() + error.wait_s
 
+def fall_back(s: Session, error: NoReply) -> None:
+    """Say why the search proposes now, and listen for the model. Raises UserError if it never answered for good."""
+    answered_before = error.kind == "unreachable" and s.model == s.last_model   # a restart after a power cut
+    if s.starting and error.kind not in ("passing", "spent") and not answered_before:
+        what = "the request is too long for it: " * (error.kind == "long")
+        raise UserError(f"{s.config.base_url}, model {s.model}: {what}{error}. {WAYS_ON}")
+    if error.kind != "spent":
+        first_s = REFUSED_S if error.kind == "refused" else min(ASK_S, s.config.outage_s)
+        s.rest_s = min(max(first_s, 2 * s.rest_s), REST_S)
+        s.screen.say(f"      no answer from {s.model} ({error}); the search proposes until it answers again")
+        s.listener = threading.Thread(target=listen, args=(s,), daemon=True)
+        s.listener.start()
+    elif not s.spent:
+        s.spent = True
+        s.screen.say(f"      {error}; the search proposes from here on")
+
 def request(s: Session, program: str) -> list[dict]:
     """The messages that ask for a proposal: what stays the same longest stands first. Brief ones show less of it."""
     known, lines = {r.commit: r for r in s.results}, 10 if s.brief else 40
@@ -2147,9 +2164,9 @@ def repair(s: Session, proposal: Proposal, text: str, reason: str, log: str) -> 
              f"train.py:\n\n```python\n{text}```")
     messages = [*request(s, proposal.program), {"role": "user", "content": crash}]
     try:
-        return converse(s, messages, text, proposal)
+        return None if s.listener else converse(s, messages, text, proposal)
     except NoReply as error:
-        s.screen.say(f"      no repair: {error}")
+        fall_back(s, error)
         return None
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2304,22 +2321,6 @@ def from_model(s: Session, program: str) -> tuple[Proposal, str] | None:
             return from_model(s, program)
         fall_back(s, error)
         return None
-
-def fall_back(s: Session, error: NoReply) -> None:
-    """Say why the search proposes now, and listen for the model. Raises UserError if it never answered for good."""
-    answered_before = error.kind == "unreachable" and s.model == s.last_model   # a restart after a power cut
-    if s.starting and error.kind not in ("passing", "spent") and not answered_before:
-        what = "the request is too long for it: " * (error.kind == "long")
-        raise UserError(f"{s.config.base_url}, model {s.model}: {what}{error}. {WAYS_ON}")
-    if error.kind != "spent":
-        first_s = REFUSED_S if error.kind == "refused" else min(ASK_S, s.config.outage_s)
-        s.rest_s = min(max(first_s, 2 * s.rest_s), REST_S)
-        s.screen.say(f"      no answer from {s.model} ({error}); the search proposes until it answers again")
-        s.listener = threading.Thread(target=listen, args=(s,), daemon=True)
-        s.listener.start()
-    elif not s.spent:
-        s.spent = True
-        s.screen.say(f"      {error}; the search proposes from here on")
 
 def attempt(s: Session, text: str, id: str, number: int = 0, seed: int = SEED) -> tuple[Run, Score, Path]:
     """Train a text and score it in a fresh folder, again where the machine spoiled it. Raises OutOfTime."""

@@ -852,3 +852,13 @@ def test_a_server_that_never_answers_does_not_hold_the_deadline(checkout, rough,
     rough.script, rough.after, began = [] if first else [idea(1)], silent, time.monotonic()
     assert run(checkout, rough, experiments=None, hours=2.2 / 3600, outage_s=180.0) == 0
     assert 2 < time.monotonic() - began < 6 and len(rough.asked) == 2 - first
+
+
+def test_an_outage_during_a_repair_is_waited_out_once(checkout, rough):
+    """The next experiment is the search's at once, and no second repair is asked for."""
+    crash = reply("<<<<<<< SEARCH\n    step = 0\n=======\n    raise TypeError('no')\n>>>>>>> REPLACE")
+    rough.script, rough.after, rough.short = [crash], answers(503, error("down")), [answers(503, error("down"))] * 50
+    began = time.monotonic()
+    run(checkout, rough, experiments=4, outage_s=2.0)
+    assert proposers(checkout) == ["baseline", "llm", "search", "search"] and time.monotonic() - began < 7
+    assert checkout.record()[1].reason == "TypeError: no"

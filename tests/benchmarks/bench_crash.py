@@ -35,7 +35,9 @@ CHECKOUT_ROUNDS = 10   # kills in one checkout
 AFTER_S = {   # at most, from the first sign to the kill
     "data": 0.15, "training": 0.4, "branch": 0.015, "scored": 0.15, "record": 0.06, "mend": 0.02, "lock": 0.002}
 ANY_S, BEGIN_S = 2.5, 1.0   # at most, from the start to a kill that waits for no sign, and where it must come early
-RECORD_AIMS, OTHER_AIMS = ("record", "record", "record", "lock"), ("tag", "tag", "training", "training", "scored", "any")
+RECORD_AIMS = "record", "record", "record", "lock"
+OTHER_AIMS = "tag", "tag", "tag", "training", "training", "scored", "any"
+MENDING_AIMS = "mend", "mend", "lock", "lock", "any"   # where the last kill's traces are still there
 LEAD_S, WITH_LEAD = 1.2, ("training", "scored", "record", "lock")   # a session may first live so long before these
 SIGN_S, GONE_S, END_S = 15.0, 3.0, 60.0   # limits: for a sign, for what the kill has left alive, for a restart
 COLUMNS = ("commit val_bpb memory_gb status description id time tag parent proposer role seed steps tokens_M train_s "
@@ -103,9 +105,9 @@ def plans(seed: int, kills: int, aimed: float = 0.5) -> list[Plan]:
         restart = rng.random() < 0.7 or number + 1 == kills or (number + 1) % CHECKOUT_ROUNDS == 0
         aim = rng.choice(RECORD_AIMS if rng.random() < aimed else OTHER_AIMS)
         if goes_on:
-            aim = rng.choice(("mend", "mend", "lock", "lock", "any"))
+            aim = rng.choice(MENDING_AIMS)
         elif begin or aim == "tag":
-            begin, aim = begin or "tag", rng.choice(("data" if begin else "branch", "branch", "any"))
+            begin, aim = begin or "tag", rng.choice(("data" if begin else "branch", "branch", "branch", "any"))
         elif not restart:
             aim = "record"
         latest_s = BEGIN_S if goes_on or begin else ANY_S
