@@ -245,6 +245,7 @@ def test_a_run_that_takes_its_log_away_ends_like_any_other(victim):
     assert (found.status, found.log[:10]) == ("keep", "taken away") and found.lost_s < LOST_S
 
 
+@pytest.mark.slow
 @linux
 @machine("unsandboxed")
 def test_without_the_sandbox_the_harm_is_done(victim, path, monkeypatch):

@@ -34,6 +34,11 @@ def scored(value, more=""):
     return reply(f"SET BPB = {value}{more}", description=f"score {value}")
 
 
+def slow(*values):
+    """A case that only the long run takes."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def alive(pid):
     """Whether a process runs; a zombie that nobody has reaped does not."""
     found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
@@ -96,12 +101,12 @@ def test_invalid_is_never_best(checkout, server):
     "code, reason",
     [
         ("    raise TypeError('no such argument')", "TypeError: no such argument"),
-        ("    raise SystemExit('NaN loss at step 12')", "NaN loss at step 12"),
-        ("    raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", "CUDA out of memory"),
         ("    import os; os.kill(os.getpid(), 9)", "killed by signal 9, perhaps out of memory"),
-        ("    import os; os.kill(os.getpid(), 11)", "killed by signal 11"),
-        ("    import os; prepare.finish and os._exit(0)", "no checkpoint"),
-        ("    import sys; sys.exit(7)", "exit status 7"),
+        slow("    raise SystemExit('NaN loss at step 12')", "NaN loss at step 12"),
+        slow("    raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", "CUDA out of memory"),
+        slow("    import os; os.kill(os.getpid(), 11)", "killed by signal 11"),
+        slow("    import os; prepare.finish and os._exit(0)", "no checkpoint"),
+        slow("    import sys; sys.exit(7)", "exit status 7"),
     ],
 )
 def test_crashes_say_why(checkout, server, code, reason):
@@ -175,7 +180,7 @@ def test_scoring_that_always_fails_is_a_crash(checkout, server):
     assert checkout.record()[1].reason == "scoring: KeyError: 'rate'"
 
 
-@pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "-1.0", "0.0"])
+@pytest.mark.parametrize("value", ["float('nan')", slow("float('inf')"), slow("-1.0"), slow("0.0")])
 def test_an_absurd_score_is_no_score(checkout, server, value):
     dead = ["no repair"] * 4
     llm(checkout, server, rewrite(MODEL_LINE, f'    return {{"bpb": {value}}}'), *dead, experiments=2)
@@ -199,6 +204,7 @@ def test_a_key_never_reaches_the_commits(checkout, server, monkeypatch):
     assert "sk-secret" not in checkout.git("log", "--all", "-p", "--glob=refs/autoresearch")
 
 
+@pytest.mark.slow
 def test_what_is_scored_and_committed_is_what_was_proposed(checkout, server):
     """A run that rewrites its own file changes nothing: not the score, not the commit, not the checkout."""
     sly = "    open('train.py', 'w').write('raise SystemExit'); step = 0"
@@ -235,6 +241,7 @@ def test_the_same_data_made_anew_end_the_session(checkout, server):
 # Repair
 
 
+@pytest.mark.slow
 def test_a_crash_goes_back_with_diff_and_log_and_is_one_row(checkout, server):
     broken = rewrite("    step = 0", "    print('before the fall')\n    step = None + 1", description="first try")
     mended = rewrite("    step = None + 1", "    step = 0 + 0", description="second try")
@@ -278,6 +285,7 @@ def test_a_repeat_is_refused_with_the_earlier_row(checkout, server):
     assert len(checkout.record()) == 3
 
 
+@pytest.mark.slow
 def test_a_model_that_never_makes_sense_is_replaced_by_the_search(checkout, server):
     llm(checkout, server, *["nothing"] * 20, experiments=2, outage_s=30.0)
     row = checkout.record()[1]
@@ -344,7 +352,7 @@ def test_search_improves_the_toy_and_never_repeats(checkout):
 
 def test_search_stays_in_range_and_keeps_powers_of_two(checkout):
     text = checkout.text()
-    for i in range(200):
+    for i in range(100):
         proposal, edited = agent.search_proposal(text, "cpu", f"k{i}", {})
         known = agent.knobs(edited, "cpu")
         assert edited == agent.apply_edits(text, proposal.edits, "cpu")
@@ -559,9 +567,9 @@ def test_resume_goes_on_from_the_best_at_the_next_id(checkout, server):
 @pytest.mark.parametrize(
     "last",
     [
-        scored(1.05, "\nSET RATE = 2.0"),
+        slow(scored(1.05, "\nSET RATE = 2.0")),
         rewrite("    step = 0", "    raise TypeError('no')"),
-        rewrite("    step = 0", "    raise SystemExit(0)"),
+        slow(rewrite("    step = 0", "    raise SystemExit(0)")),
     ],
     ids=["tie", "crash", "no checkpoint"],
 )
@@ -623,7 +631,7 @@ def test_other_conditions_are_not_mixed(checkout, monkeypatch, change):
     assert "--tag NAME" in message and ("beef" in message or "0.2" in message) and len(checkout.record()) == 1
 
 
-@pytest.mark.parametrize("harm", ["deleted", "emptied", "torn", "half a header", "a row lost"])
+@pytest.mark.parametrize("harm", [slow("deleted"), slow("emptied"), "torn", slow("half a header"), "a row lost"])
 def test_results_are_rebuilt_from_the_refs(checkout, harm):
     checkout.session(experiments=3)
     path = checkout.root / "results.tsv"
@@ -649,7 +657,7 @@ def test_the_users_own_lines_in_results_stay(checkout):
     assert path.read_text().startswith(mine) and len(path.read_text().splitlines()) == 5
 
 
-@pytest.mark.parametrize("left", ["ref", "row", "branch", "file"])
+@pytest.mark.parametrize("left", ["ref", slow("row"), slow("branch"), "file"])
 def test_a_keep_that_a_crash_cut_short_is_finished(checkout, server, left):
     """Put the checkout back to each state between a keep's ref and its end, and start again."""
     llm(checkout, server, scored(1.05))

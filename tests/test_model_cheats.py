@@ -100,8 +100,9 @@ def unchecked_bpb(model):
 
 
 def tricks():
-    """Those that only break the number are slow ones: the rest is what matters every day."""
-    marks = {path: pytest.mark.slow if about(path).get("lowers") == "no" else () for path in cheats("model")}
+    """All, the most of them for the long run: one of each kind is what matters every day."""
+    daily = ("bag_of_row", "learns_while_scored", "peek_a_little", "peek_in_eval", "plays_back", "reads_other_rows")
+    marks = {path: () if path.stem in daily else pytest.mark.slow for path in cheats("model")}
     return [pytest.param(path, marks=mark, id=path.stem) for path, mark in marks.items()]
 
 
@@ -135,7 +136,13 @@ def shown(output):
     return next((line for line in output.splitlines() if line.startswith("val_bpb")), output.splitlines()[-1])[:60]
 
 
-@pytest.mark.parametrize("path", cheats("honest"), ids=lambda path: path.stem)
+def twins():
+    """Honest models; the plain ones for the long run only."""
+    marks = {path: pytest.mark.slow if path.stem in ("plain", "tied", "own_gradient") else () for path in cheats("honest")}
+    return [pytest.param(path, marks=mark, id=path.stem) for path, mark in marks.items()]
+
+
+@pytest.mark.parametrize("path", twins())
 def test_an_honest_model_keeps_its_right_to_be_scored(tmp_path, cache, path, table):
     assert not guarded(path.read_text())
     model = make_run(tmp_path, path)

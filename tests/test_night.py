@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import reply
-from test_loop import error_of, llm, rewrite, scored
+from test_loop import error_of, llm, rewrite, scored, slow
 
 import agent
 
@@ -122,6 +122,7 @@ def gpu(checkout, tmp_path, monkeypatch):
     return state
 
 
+@pytest.mark.slow
 def test_a_gpu_in_use_is_waited_for(checkout, server, gpu, capsys):
     def busy(body):
         gpu.write_text("9000, 24000\n")
@@ -152,7 +153,7 @@ def test_a_gpu_in_use_after_a_run_voids_it(checkout, server, gpu, capsys):
     assert "0002 does not count (another program uses 8.8" in out and len(checkout.record()) == 2
 
 
-@pytest.mark.parametrize("tool", ["sleep 60", "exit 9", "echo '[N/A], [N/A]'", "printf '\\377'"])
+@pytest.mark.parametrize("tool", ["sleep 60", slow("exit 9"), slow("echo '[N/A], [N/A]'"), slow("printf '\\377'")])
 def test_a_driver_that_does_not_tell_holds_nothing_up(checkout, gpu, monkeypatch, tool):
     (gpu.parent / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\n{tool}\n")
     monkeypatch.setattr(agent, "SMI_S", 0.2)
@@ -168,6 +169,7 @@ def crashing_when(checkout, flag):
     as_user(checkout, "commit", "-qam", "mine")
 
 
+@pytest.mark.slow
 def test_after_three_crashes_the_best_tells_the_machine_from_the_ideas(checkout, server, tmp_path, capsys):
     bad = [part for i in range(3) for part in (rewrite("    step = 0", f"    raise ValueError({i})"), *DEAD)]
     llm(checkout, server, scored(1.05), *bad, scored(1.04), experiments=6)
@@ -241,7 +243,8 @@ def test_a_branch_that_was_made_but_not_checked_out_is_taken_up(checkout):
     assert checkout.git("symbolic-ref", "--short", "HEAD") == "autoresearch/x" and len(checkout.record()) == 1
 
 
-@pytest.mark.parametrize("lock", ["index.lock", "refs/heads/autoresearch/x.lock", "refs/autoresearch/x/0003.lock"])
+@pytest.mark.parametrize("lock", ["index.lock", slow("refs/heads/autoresearch/x.lock"),
+                                  slow("refs/autoresearch/x/0003.lock")])
 def test_locks_that_a_dead_session_left_are_removed(checkout, monkeypatch, lock, capsys):
     monkeypatch.setattr(agent, "LOCK_S", 0.5)
     checkout.session(experiments=2, tag="x")
@@ -378,6 +381,7 @@ def test_a_deleted_results_file_is_made_anew(checkout, server):
     assert [row["id"] for row in checkout.rows()] == ["0001", "0002", "0003"]
 
 
+@pytest.mark.slow
 def test_a_line_that_the_user_left_open_is_ended_first(checkout, server):
     def meddle(body):
         with open(checkout.root / "results.tsv", "a") as file:
@@ -421,6 +425,7 @@ def test_what_nobody_expected_is_kept_and_gone_on_from(checkout, server, capsys)
 # The deadline
 
 
+@pytest.mark.slow
 def test_a_run_that_passes_the_deadline_is_cut_off_without_a_row(checkout, server, monkeypatch, capsys):
     monkeypatch.setattr(agent, "OVERTIME_S", 0.5)
     monkeypatch.setattr(agent, "KILL_S", 60.0)
