@@ -132,6 +132,7 @@ def test_a_sound_session_has_no_fault(ground):
     assert len(bench_crash.keeps_of(ground)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", DAMAGES)
 def test_a_damage_is_seen(ground, fault, monkeypatch):
     monkeypatch.setattr(ground, "start", ground.start)

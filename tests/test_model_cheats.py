@@ -138,7 +138,7 @@ def shown(output):
 
 def twins():
     """Honest models; the plain ones for the long run only."""
-    marks = {path: pytest.mark.slow if path.stem in ("plain", "tied", "own_gradient") else () for path in cheats("honest")}
+    marks = {path: pytest.mark.slow if path.stem in ("plain", "tied", "own_gradient", "fft_convolution") else () for path in cheats("honest")}
     return [pytest.param(path, marks=mark, id=path.stem) for path, mark in marks.items()]
 
 
