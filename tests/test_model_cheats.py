@@ -138,7 +138,8 @@ def shown(output):
 
 def twins():
     """Honest models; the plain ones for the long run only."""
-    marks = {path: pytest.mark.slow if path.stem in ("plain", "tied", "own_gradient", "fft_convolution") else () for path in cheats("honest")}
+    rest = ("plain", "tied", "own_gradient", "fft_convolution")
+    marks = {path: pytest.mark.slow if path.stem in rest else () for path in cheats("honest")}
     return [pytest.param(path, marks=mark, id=path.stem) for path, mark in marks.items()]
 
 
