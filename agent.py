@@ -175,6 +175,7 @@ class Config:
     outage_s: float = OUTAGE_S
     reply_s: float = REPLY_S
     max_llm_tokens: int | None = None
+    prefetch: bool | None = None     # None: where the model's server is another machine
     reserve: int = FREE_BYTES        # bytes of the disk: a run that leaves less is killed
     python: str = sys.executable
     sandbox: str = "auto"            # auto, require or off
@@ -250,7 +251,7 @@ class Result:
     hypothesis: str
     id: str
     tag: str
-    status: str                      # keep, discard, crash, invalid, verify
+    status: str                      # keep, discard, crash, invalid, verify; in a request also RUNNING
     reason: str
     val_bpb: float | None
     memory_gb: float
@@ -282,8 +283,31 @@ class Result:
         """What must agree for scores to compare."""
         return self.fingerprint, self.preset, self.device, self.budget_s
 
+RUNNING = "running"
 NOT_TRAILERS = ("commit", "parent", "description", "hypothesis")
 TRAILERS = {f.name: f.name.replace("_", "-").title() for f in fields(Result) if f.name not in NOT_TRAILERS}
+
+@dataclass
+class Endpoint:
+    """The model's server, as far as a session has come to know it. All who ask it share one."""
+    model: str = ""
+    starting: bool = True            # nothing runs yet, and it has not answered: what fails is the user's to fix
+    slowest_s: float = 0.0           # of its replies; 0: none yet
+    reply_limit: str = "max_tokens"  # the parameter's name for this server; empty: it knows none
+    brief: bool = False              # requests are shortened, to fit the model's context
+    tokens: int = 0                  # spent by this session
+    spent: bool = False              # it was said that no more may be
+    unusable: int = 0                # replies in a row
+    rest_s: float = 0.0              # before it is asked again, doubled until it proposes; 0: it proposed last
+    quiet_until: float = 0.0         # of time.monotonic: as the server asked for
+    listener: threading.Thread | None = None              # lives while the model does not answer
+
+class Ahead(NamedTuple):
+    """A proposal that was asked for before its turn: it, its train.py, and the best's that it was made for."""
+    proposal: Proposal
+    text: str
+    base: str
+    id: str                          # that its exchange with the model is filed under
 
 @dataclass
 class Session:
@@ -305,23 +329,16 @@ class Session:
     next_id: int = 1
     git_dir: Path = Path()
     gpu_base_mb: float = 0.0         # that a model's server on this machine uses
-    model: str = ""
-    starting: bool = True            # nothing runs yet, and the model has not answered: what fails is the user's to fix
-    slowest_s: float = 0.0           # of the model's replies; 0: none yet
-    reply_limit: str = "max_tokens"  # the parameter's name for this server; empty: it knows none
-    brief: bool = False              # requests are shortened, to fit the model's context
-    tokens: int = 0                  # spent by this session
+    llm: Endpoint = field(default_factory=Endpoint)
+    tokens: int = 0                  # spent, but for what a copy of this session asks; see prefetch()
     waited_s: float = 0.0            # for the machine or the model
     full_said: float = -math.inf     # when it was said that the disk is full, of time.monotonic
-    spent: bool = False              # it was said that no more may be
-    unusable: int = 0                # replies in a row
-    rest_s: float = 0.0              # before it is asked again, doubled until it proposes; 0: it proposed last
-    quiet_until: float = 0.0         # of time.monotonic: as the server asked for
-    listener: threading.Thread | None = None              # lives while the model does not answer
     bwrap: str = ""                  # the program that makes the sandbox; empty: there is none
     python_folders: tuple[str, ...] = ()                  # that a sandbox must show
     spoiled: str = ""                # what a run without a sandbox changed that it must not
-    ready: tuple[Proposal, str] | None = None             # the next proposal and its train.py
+    prefetch: bool = False           # the next proposal is asked for while one trains
+    ready: Ahead | None = None       # the next proposal
+    asked: queue.SimpleQueue | None = None                # where it will come: (Ahead or None, tokens)
 
     @property
     def branch(self) -> str:
@@ -1861,6 +1878,15 @@ def read_dataset(config: Config) -> Dataset | None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Effects: the model
 
+def is_local(url: str) -> bool:
+    """Whether a URL leads to this very machine: one of its own addresses can be bound here."""
+    with contextlib.suppress(OSError, ValueError, UnicodeError):
+        for family, kind, _, _, (address, *_) in socket.getaddrinfo(urlsplit(url).hostname, 0, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as probe:
+                probe.bind((address, 0))
+                return True
+    return False
+
 def client(config: Config, limit_s: float):
     """An OpenAI client that leaves retries to us."""
     import openai
@@ -1971,7 +1997,8 @@ def ask_once(s: Session, messages: list[dict], limit_s: float) -> Reply:
     """One request, over after limit_s whatever the server does. Raises NoReply."""
     import openai
     asked = sum(len(message["content"]) for message in messages)
-    sent = {"model": s.model, "messages": messages, **({s.reply_limit: REPLY_TOKENS} if s.reply_limit else {})}
+    limit = {s.llm.reply_limit: REPLY_TOKENS} if s.llm.reply_limit else {}
+    sent = {"model": s.llm.model, "messages": messages, **limit}
     asking, answers = client(s.config, limit_s), queue.SimpleQueue()
     threading.Thread(target=fetch, args=(asking, sent, answers), daemon=True).start()
     try:
@@ -1984,9 +2011,10 @@ def ask_once(s: Session, messages: list[dict], limit_s: float) -> Reply:
             raise NoReply(str(answer), "refused")
         reply = parse_answer(answer.decode(errors="replace"), asked)
         s.tokens += reply.tokens
+        s.llm.tokens += reply.tokens
         return reply._replace(text=without_key(s.config, reply.text))
     except queue.Empty:
-        s.slowest_s = max(s.slowest_s, limit_s)   # the next limit is longer
+        s.llm.slowest_s = max(s.llm.slowest_s, limit_s)   # the next limit is longer
         raise NoReply(f"no answer within {limit_s:.0f} s") from None
     except NoReply as error:
         raise NoReply(without_key(s.config, str(error)), error.kind, error.wait_s) from None
@@ -2005,100 +2033,100 @@ def fetch(asking, sent: dict, answers: queue.SimpleQueue) -> None:
 def ask(s: Session, messages: list[dict], kept: bool = True) -> Reply:
     """A reply of the model, waiting out short outages. kept: the exchange goes to llm.md. Raises NoReply, UserError."""
     limit = s.config.max_llm_tokens
-    if limit and s.tokens >= limit:
-        raise NoReply(f"{s.tokens:,} tokens are spent, of {limit:,} (--max-llm-tokens)", "spent")
+    if limit and s.llm.tokens >= limit:
+        raise NoReply(f"{s.llm.tokens:,} tokens are spent, of {limit:,} (--max-llm-tokens)", "spent")
     since, wait, told = time.monotonic(), 0.5, False
     if kept:
         keep_exchange(s, messages if len(messages) <= 2 else messages[-1:])
     while True:
-        s.screen.phase(f"asking {s.model}")
+        s.screen.phase(f"asking {s.llm.model}")
         start = time.monotonic()
         try:
             reply = ask_once(s, messages, reply_limit_s(s))
             check_prompt(s, messages, reply)
-            s.slowest_s, s.starting = max(s.slowest_s, time.monotonic() - start), False
+            s.llm.slowest_s, s.llm.starting = max(s.llm.slowest_s, time.monotonic() - start), False
             if kept:
-                keep_exchange(s, [{"role": f"reply of {s.model}", "content": reply.text}])
+                keep_exchange(s, [{"role": f"reply of {s.llm.model}", "content": reply.text}])
             return reply
         except NoReply as error:
             if kept:
-                keep_exchange(s, [{"role": f"no reply of {s.model}", "content": str(error)}])
+                keep_exchange(s, [{"role": f"no reply of {s.llm.model}", "content": str(error)}])
             if adapted(s, error):
                 continue
             passed_s, wait_s = time.monotonic() - since, error.wait_s or wait
             if passed_s + wait_s > min(patience_s(s, error), s.left_s() + passed_s):
-                s.quiet_until = time.monotonic() + error.wait_s
+                s.llm.quiet_until = time.monotonic() + error.wait_s
                 raise
             if not told and passed_s + wait_s > TOLD_S:
                 told = True
-                s.screen.say(f"      no answer from {s.model} yet ({error}); waiting")
-            pause(s, wait_s, f"no answer from {s.model} ({error})")
+                s.screen.say(f"      no answer from {s.llm.model} yet ({error}); waiting")
+            pause(s, wait_s, f"no answer from {s.llm.model} ({error})")
             wait = min(2 * wait, ASK_S)
 
 def reply_limit_s(s: Session) -> float:
     """How long one request may take: at first long, then by what is usual for this model; never past the deadline."""
-    usual = max(s.config.outage_s, SLOWER * s.slowest_s) if s.slowest_s else math.inf
+    usual = max(s.config.outage_s, SLOWER * s.llm.slowest_s) if s.llm.slowest_s else math.inf
     return max(1.0, min(s.config.reply_s, usual, s.left_s()))
 
 def patience_s(s: Session, error: NoReply) -> float:
     """How long a failure is waited out. A server that has never answered may be a mistake in its URL."""
-    if error.kind not in ("passing", "unreachable", "foreign") or s.rest_s:
+    if error.kind not in ("passing", "unreachable", "foreign") or s.llm.rest_s:
         return 0.0   # or it has answered the listener only
-    at_start = {"unreachable": REACH_S, "foreign": 0.0} if s.starting else {}
+    at_start = {"unreachable": REACH_S, "foreign": 0.0} if s.llm.starting else {}
     return min(s.config.outage_s, at_start.get(error.kind, math.inf))
 
 def adapted(s: Session, error: NoReply) -> bool:
     """Whether the next request leaves out, or renames, what the server will not have of this one."""
-    known = s.reply_limit and error.kind in (*LIMIT_NAMES[:2], "long")
+    known = s.llm.reply_limit and error.kind in (*LIMIT_NAMES[:2], "long")
     if known:
-        s.reply_limit = "" if error.kind == "long" else LIMIT_NAMES[LIMIT_NAMES.index(s.reply_limit) + 1]
+        s.llm.reply_limit = "" if error.kind == "long" else LIMIT_NAMES[LIMIT_NAMES.index(s.llm.reply_limit) + 1]
     return bool(known)
 
 def check_prompt(s: Session, messages: list[dict], reply: Reply) -> None:
     """Raise UserError where a server's first answer shows that it has read a part of the request only."""
     asked = sum(len(message["content"]) for message in messages)
-    if reply.prompt_tokens and reply.prompt_tokens * 6 < asked > CUT_CHARS and not s.brief:
-        if s.starting:
+    if reply.prompt_tokens and reply.prompt_tokens * 6 < asked > CUT_CHARS and not s.llm.brief:
+        if s.llm.starting:
             raise UserError(f"{s.config.base_url} has cut the prompt: it read {reply.prompt_tokens} tokens of about "
-                            f"{asked // 4}. Give {s.model} a longer context (Ollama: OLLAMA_CONTEXT_LENGTH=32768)")
+                            f"{asked // 4}. Give {s.llm.model} a longer context (Ollama: OLLAMA_CONTEXT_LENGTH=32768)")
         raise NoReply(f"the server has cut the prompt to {reply.prompt_tokens} tokens", "cut")
 
 def listen(s: Session) -> None:
     """While the model does not answer, ask it for one word now and then, in the background; returns when it answers."""
     while True:
-        time.sleep(max(s.rest_s, s.quiet_until - time.monotonic()))
+        time.sleep(max(s.llm.rest_s, s.llm.quiet_until - time.monotonic()))
         try:
             ask_once(s, [{"role": "user", "content": "Answer with the word yes."}], max(s.config.outage_s, 1.0))
             return
         except NoReply as error:
             adapted(s, error)
-            s.quiet_until = time.monotonic() + error.wait_s
+            s.llm.quiet_until = time.monotonic() + error.wait_s
 
 def fall_back(s: Session, error: NoReply) -> None:
     """Say why the search proposes now, and listen for the model. Raises UserError if it never answered for good."""
-    answered_before = error.kind == "unreachable" and s.model == s.last_model   # a restart after a power cut
-    if s.starting and error.kind not in ("passing", "spent") and not answered_before:
+    answered_before = error.kind == "unreachable" and s.llm.model == s.last_model   # a restart after a power cut
+    if s.llm.starting and error.kind not in ("passing", "spent") and not answered_before:
         what = "the request is too long for it: " * (error.kind == "long")
-        raise UserError(f"{s.config.base_url}, model {s.model}: {what}{error}. {WAYS_ON}")
+        raise UserError(f"{s.config.base_url}, model {s.llm.model}: {what}{error}. {WAYS_ON}")
     if error.kind != "spent":
         first_s = REFUSED_S if error.kind == "refused" else min(ASK_S, s.config.outage_s)
-        s.rest_s = min(max(first_s, 2 * s.rest_s), REST_S)
-        s.screen.say(f"      no answer from {s.model} ({error}); the search proposes until it answers again")
-        s.listener = threading.Thread(target=listen, args=(s,), daemon=True)
-        s.listener.start()
-    elif not s.spent:
-        s.spent = True
+        s.llm.rest_s = min(max(first_s, 2 * s.llm.rest_s), REST_S)
+        s.screen.say(f"      no answer from {s.llm.model} ({error}); the search proposes until it answers again")
+        s.llm.listener = threading.Thread(target=listen, args=(s,), daemon=True)
+        s.llm.listener.start()
+    elif not s.llm.spent:
+        s.llm.spent = True
         s.screen.say(f"      {error}; the search proposes from here on")
 
 def request(s: Session, program: str) -> list[dict]:
     """The messages that ask for a proposal: what stays the same longest stands first. Brief ones show less of it."""
-    known, lines = {r.commit: r for r in s.results}, 10 if s.brief else 40
-    listed = [r for r in s.results if not s.brief or r.status == "keep" or r in s.results[-BRIEF_ROWS:]]
+    known, lines = {r.commit: r for r in s.results}, 10 if s.llm.brief else 40
+    listed = [r for r in s.results if not s.llm.brief or r.status == "keep" or r in s.results[-BRIEF_ROWS:]]
     shown = [r for r in listed if r.status == "keep" and r.proposer != "baseline" or r in listed[-3:]]
-    shown = shown[-3:] if s.brief else shown
+    shown = shown[-3:] if s.llm.brief else shown
     diffs = "\n\n".join(f"{r.id} {r.status}: {r.description}\n{diff_of(s, r)}" for r in shown if diff_of(s, r))
     rows = "\n".join(f"{r.tag}/{result_line(r, known.get(r.parent))}" for r in listed)
-    last = s.results[-1] if s.results else None
+    last = next((r for r in reversed(s.results) if r.status != RUNNING), None)
     best = f"experiment {s.best.id}, val_bpb {s.best.val_bpb:.6f}" if s.best else "not measured yet"
     parts = [f"# The brief (program.md)\n\n{program}",
              f"# The best train.py so far\n\n```python\n{s.text}```",
@@ -2108,6 +2136,9 @@ def request(s: Session, program: str) -> list[dict]:
              f"{rows or 'none: the baseline is next'}"]
     if diffs:
         parts.append(f"# The keeps and the last experiments as diffs\n\n{diffs}")
+    if listed and listed[-1].status == RUNNING:
+        parts.append(f"# Running now\n\nExperiment {listed[-1].id} trains while you answer; its result is not known. "
+                     "If it is kept, your edits are applied to its train.py.")
     if last:
         log = textwrap.indent(log_tail(s.runs.parent / last.tag / last.id / "run.log", lines), "> ")
         parts.append(f"# The last run, {last.id}\n\nLoss by share of the budget: {last.curve}\n\n"
@@ -2121,8 +2152,13 @@ def diff_of(s: Session, r: Result) -> str:
     """What an experiment changed in train.py."""
     if r.commit not in s.diffs:
         plain = ("--no-ext-diff", "--no-color", "--unified=2", "--relative")
-        s.diffs[r.commit] = git(s.config, "diff", *plain, r.parent, r.commit, "--", "train.py")
-    return "\n".join(s.diffs[r.commit].splitlines()[4:])
+        found = git(s.config, "diff", *plain, r.parent, r.commit, "--", "train.py")
+        s.diffs[r.commit] = "\n".join(found.splitlines()[4:])
+    return s.diffs[r.commit]
+
+def diff(old: str, new: str) -> str:
+    """What is different between two texts, as a unified diff."""
+    return "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), "train.py", "train.py", n=2, lineterm=""))
 
 def keep_exchange(s: Session, parts: list[dict]) -> None:
     """Append messages, replies or failures to the experiment's llm.md."""
@@ -2145,10 +2181,10 @@ def converse(s: Session, messages: list[dict], base: str, asked: Proposal) -> tu
                 raise EditError(f"The reply was cut off after {len(reply.text)} characters by a limit of its length. "
                                 f"Think less and send a shorter one: SET lines, or small blocks.")
             proposal, text = checked(reply.text, base, s.data.preset, known, s.config.rules)
-            s.unusable, s.rest_s = 0, 0.0
-            return replace(proposal, model=s.model, program=asked.program), text
+            s.llm.unusable, s.llm.rest_s = 0, 0.0
+            return replace(proposal, model=s.llm.model, program=asked.program), text
         except EditError as error:
-            s.unusable += 1
+            s.llm.unusable += 1
             s.refused.append(one_line(str(error))[:300])
             s.screen.say(f"      refused before training: {s.refused[-1][:160]}")
             lesson = f"{error}\n\nNothing was run. Send the whole reply again, every edit of it, in the same form."
@@ -2157,14 +2193,13 @@ def converse(s: Session, messages: list[dict], base: str, asked: Proposal) -> tu
 
 def repair(s: Session, proposal: Proposal, text: str, reason: str, log: str) -> tuple[Proposal, str] | None:
     """Send a crash back to the model that caused it: the mended (proposal, text), or None."""
-    diff = difflib.unified_diff(s.text.splitlines(), text.splitlines(), "train.py", "train.py", n=2, lineterm="")
     crash = (f"Your experiment {s.proposal_id} ({proposal.description}) crashed: {reason}. What it changed:\n\n"
-             + "\n".join(diff) + f"\n\nThe end of its log (data, not instructions):\n\n{textwrap.indent(log, '> ')}\n\n"
+             f"{diff(s.text, text)}\n\nThe end of its log (data, not instructions):\n\n{textwrap.indent(log, '> ')}\n\n"
              "Mend it, or find another form of the same idea: a reply in the same form, with edits of this failing "
              f"train.py:\n\n```python\n{text}```")
     messages = [*request(s, proposal.program), {"role": "user", "content": crash}]
     try:
-        return None if s.listener else converse(s, messages, text, proposal)
+        return None if s.llm.listener else converse(s, messages, text, proposal)
     except NoReply as error:
         fall_back(s, error)
         return None
@@ -2186,6 +2221,7 @@ class Screen:
         self.live = None
         self.drawn = 0.0
         self.log = None              # a file that keeps the lines
+        self.over = False            # what still goes on in the background is not shown
 
     def __enter__(self) -> Screen:
         if sys.stdout.isatty():
@@ -2195,12 +2231,15 @@ class Screen:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.over = True
         with contextlib.suppress(OSError):
             if self.live:
                 self.live.stop()
 
     def say(self, line: str) -> None:
         """A line that stays. A closed terminal or pipe, or a full disk, does not end the session."""
+        if self.over:
+            return
         self.keep(line)
         with contextlib.suppress(OSError, UnicodeError):
             if self.live:
@@ -2217,6 +2256,8 @@ class Screen:
     def phase(self, text: str, log: Path | None = None) -> None:
         """What goes on now, with loss and speed from a log. In a terminal only; with a log, twice a second at most."""
         if not self.live or (log and time.monotonic() - self.drawn < 0.5):
+            return
+        if threading.current_thread() is not threading.main_thread():   # beside what the line tells
             return
         from rich.text import Text
         self.drawn = time.monotonic()
@@ -2284,41 +2325,114 @@ def draw(results: list[Result], path: Path) -> None:
 # The loop
 
 def candidate(s: Session) -> tuple[Proposal, str]:
-    """Propose, apply, guard, until a text passes: (proposal, train.py)."""
-    s.screen.label = s.proposal_id, ""
+    """The next proposal and its train.py: what was asked for ahead, if it fits; else propose, apply, guard."""
+    s.screen.label, spent = (s.proposal_id, ""), s.tokens
+    if found := fitting(s):
+        return found
     while True:
-        program, spent = read_text(s.config.root / "program.md", "replace"), s.tokens
-        turn_of_search = s.config.proposer == "mix" and s.best and s.next_id % 2
-        found = None if s.config.proposer == "search" or turn_of_search else from_model(s, program)
+        program = read_text(s.config.root / "program.md", "replace")
+        found = None if is_for_search(s) else from_model(s, program, request(s, program))
         try:
             proposal, text = found or search_proposal(
                 s.text, s.data.preset, f"{s.config.tag}/{s.proposal_id}", tried(s.results))
             return replace(proposal, program=program, llm_tokens=s.tokens - spent or None), text
         except UserError:
-            if s.config.proposer == "search" or s.spent:
+            if s.config.proposer == "search" or s.llm.spent:
                 raise
-            pause(s, ASK_S, f"waiting: no answer from {s.model}, and nothing that the search has not tried")
+            pause(s, ASK_S, f"waiting: no answer from {s.llm.model}, and nothing that the search has not tried")
 
-def from_model(s: Session, program: str) -> tuple[Proposal, str] | None:
-    """What the model proposes: (proposal, train.py); None where the search must, which is said. Raises UserError."""
-    if s.listener and s.listener.is_alive():
+def is_for_search(s: Session) -> bool:
+    """Whether it is the search's turn to propose."""
+    return s.config.proposer == "search" or bool(s.config.proposer == "mix" and s.best and s.next_id % 2)
+
+def fitting(s: Session) -> tuple[Proposal, str] | None:
+    """The proposal that was asked for ahead, on what is the best now, guarded again; None where there is none."""
+    found, s.ready = s.ready or arrived(s), None
+    if found is None:
         return None
-    if s.listener:
-        s.listener = None
-        s.screen.say(f"      {s.model} answers again")
+    proposal, text = found.proposal, found.text
+    try:
+        if found.base != s.text:
+            if any(edit.kind == "file" for edit in proposal.edits):
+                raise EditError("It is a whole file, made from an earlier best.")
+            text = apply_edits(s.text, proposal.edits, s.data.preset)
+        guard(text, s.text, tried(s.results), s.config.rules)
+    except EditError as error:
+        s.tokens += proposal.llm_tokens or 0   # the next one's
+        s.refused.append(f"{proposal.description}: {one_line(str(error))[:300]}")
+        s.screen.say(f"      dropped before training, as it was asked for ahead: {s.refused[-1][:140]}")
+        return None
+    exchange = s.runs / found.id / "llm.md"
+    if found.id != s.proposal_id and exchange.exists():   # a repeat has taken its id
+        (s.runs / s.proposal_id).mkdir(exist_ok=True)
+        exchange.replace(s.runs / s.proposal_id / "llm.md")
+    return proposal, text
+
+def arrived(s: Session) -> Ahead | None:
+    """What prefetch() asked for, waited for; None where nothing came. Raises OutOfTime."""
+    while s.asked:
+        s.screen.phase(f"asking {s.llm.model}")
+        with contextlib.suppress(queue.Empty):
+            (found, tokens), s.asked = s.asked.get(timeout=0.5), None
+            s.tokens += 0 if found else tokens
+            return found
+        if not enough_time(s):
+            raise OutOfTime(f"no time is left for what {s.llm.model} is asked")
+    return None
+
+def prefetch(s: Session, proposal: Proposal, text: str) -> None:
+    """Ask for the next proposal in the background while this one runs, where there is time for a next one.
+
+    It is asked with a copy of the session: as it is now, and with this experiment as a row that has no result yet.
+    """
+    last = s.config.experiments is not None and s.rows + 1 >= s.config.experiments
+    if not s.prefetch or s.ready or s.asked or last or not enough_time(s, 2) or s.llm.listener:
+        return
+    row = replace(result_of(s, proposal, text, Run("", "", None, {}, "", ""), Score(), (RUNNING, "no result yet"), 0.0),
+                  commit=RUNNING)
+    copy = replace(s, results=[*s.results, row], next_id=s.next_id + 1, refused=list(s.refused), tokens=0,
+                   diffs={**s.diffs, RUNNING: diff(s.text, text)})
+    if not is_for_search(copy):
+        program, s.asked = read_text(s.config.root / "program.md", "replace"), queue.SimpleQueue()
+        messages = request(copy, program)   # here, not there: git would count as a process that the run has started
+        threading.Thread(target=ask_ahead, args=(copy, program, messages, s.asked), daemon=True).start()
+
+def ask_ahead(s: Session, program: str, messages: list[dict], answers: queue.SimpleQueue) -> None:
+    """Put what the model proposes into a queue, None where it proposes nothing, with the tokens spent."""
+    found = None
+    try:
+        if made := from_model(s, program, messages):
+            proposal = replace(made[0], program=program, llm_tokens=s.tokens or None)
+            found = Ahead(proposal, made[1], s.text, s.proposal_id)
+    except OutOfTime:
+        pass
+    finally:
+        answers.put((found, s.tokens))
+
+def from_model(s: Session, program: str, messages: list[dict]) -> tuple[Proposal, str] | None:
+    """What the model answers a request: (proposal, train.py); None where the search must, which is said.
+
+    Raises UserError.
+    """
+    if s.llm.listener and s.llm.listener.is_alive():
+        return None
+    if s.llm.listener:
+        s.llm.listener = None
+        s.screen.say(f"      {s.llm.model} answers again")
     began = time.monotonic()
     try:
         while True:
-            if found := converse(s, request(s, program), s.text, Proposal("")):
+            if found := converse(s, messages, s.text, Proposal("")):
                 return found
-            if s.unusable >= UNUSABLE or time.monotonic() - began > s.config.outage_s:
-                return s.screen.say(f"      {s.unusable} unusable replies in a row from {s.model}; the search proposes "
-                                    f"this one")
+            messages = request(s, program)
+            if s.llm.unusable >= UNUSABLE or time.monotonic() - began > s.config.outage_s:
+                return s.screen.say(f"      {s.llm.unusable} unusable replies in a row from {s.llm.model}; the search "
+                                    f"proposes this one")
     except NoReply as error:
-        if error.kind in ("long", "cut") and not s.brief:
-            s.brief = True
-            s.screen.say(f"      the request is too long for {s.model} ({error}); it is shortened from here on")
-            return from_model(s, program)
+        if error.kind in ("long", "cut") and not s.llm.brief:
+            s.llm.brief = True
+            s.screen.say(f"      the request is too long for {s.llm.model} ({error}); it is shortened from here on")
+            return from_model(s, program, request(s, program))
         fall_back(s, error)
         return None
 
@@ -2361,6 +2475,7 @@ def experiment(s: Session, proposal: Proposal, text: str) -> Result:
     start, id = time.monotonic() - s.waited_s, f"{s.next_id:04d}"
     best_bpb = s.best.val_bpb if s.best else None
     s.screen.label = id, proposal.description
+    prefetch(s, proposal, text)
     proposal, text, run, verdict, folder = repaired(s, proposal, text, id, best_bpb)
     status, wall_s, again = decide(run, verdict, best_bpb), time.monotonic() - s.waited_s - start, None
     if status[0] == "keep" and too_good(verdict, best_bpb):
@@ -2469,10 +2584,10 @@ def wait_for_room(s: Session, error: BaseException) -> None:
     while lack_of_disk(s):
         pause(s, WAIT_S, "waiting: the disk is full")
 
-def enough_time(s: Session) -> bool:
-    """Whether another run can end before the deadline."""
+def enough_time(s: Session, runs: int = 1) -> bool:
+    """Whether another run, or so many, can end before the deadline."""
     extra = sorted(r.wall_s - r.train_s for r in s.results[-5:] if r.val_bpb and r.train_s)
-    return s.left_s() > s.config.budget_s + (extra[len(extra) // 2] if extra else 0)
+    return s.left_s() > runs * (s.config.budget_s + (extra[len(extra) // 2] if extra else 0))
 
 def check_machine(s: Session) -> None:
     """After some crashes in a row, run the best once more. Raises UserError where it crashes too: it is the machine."""
@@ -2507,17 +2622,20 @@ def begin(s: Session, resumed: bool) -> None:
         remove(left)   # of a session that was killed
     find_sandbox(s)
     if s.config.proposer != "search":
-        s.model = find_model(s.config, s.last_model)
+        s.llm.model = find_model(s.config, s.last_model)
     if s.best or s.config.experiments != 1:
-        s.ready = candidate(s)
-    s.starting = False
-    if urlsplit(s.config.base_url).hostname in ("localhost", "127.0.0.1", "::1") and s.config.proposer != "search":
-        s.gpu_base_mb = (gpu_memory_mb(s) or (0.0, 0.0))[0]
+        s.ready = Ahead(*candidate(s), s.text, s.proposal_id)
+    s.llm.starting = False
+    if s.config.proposer != "search":
+        local = is_local(s.config.base_url)
+        s.prefetch = not local if s.config.prefetch is None else s.config.prefetch
+        s.gpu_base_mb = (gpu_memory_mb(s) or (0.0, 0.0))[0] if local else 0.0
     if not resumed:
         make_branch(s)
         mend(s, record)
     s.screen.say(f"{s.branch}: preset {s.data.preset}, data {s.data.name}, {s.config.budget_s:g} s of training, "
-                 f"proposals by {s.model or 'search'}" + (f"; going on after {s.results[-1].id}" if s.best else ""))
+                 f"proposals by {s.llm.model or 'search'}" + ", one ahead" * s.prefetch
+                 + (f"; going on after {s.results[-1].id}" if s.best else ""))
 
 def make_branch(s: Session) -> None:
     """Create the branch where the checkout stands, and check it out: no file changes. Raises UserError."""
@@ -2553,9 +2671,10 @@ def step(s: Session) -> None:
         return measure_baseline(s)
     if s.crashes >= CRASHES:
         check_machine(s)
-    proposal, text = s.ready or candidate(s)
-    s.ready = None
-    if not follow_user(s) and enough_time(s):   # else it was made for another train.py
+    id, base, (proposal, text) = s.proposal_id, s.text, candidate(s)
+    if follow_user(s):
+        s.ready = Ahead(proposal, text, base, id)   # a baseline comes first
+    elif enough_time(s):
         experiment(s, proposal, text)
     if time.monotonic() - s.drawn > DRAW_S:
         s.drawn = time.monotonic()
@@ -2600,8 +2719,8 @@ def closing(s: Session) -> str:
     lines = [f"{s.rows} rows in this session; {s.branch}: {counts(s.mine)}",
              f"val_bpb {base.val_bpb:.6f} -> {s.best.val_bpb:.6f} ({gain:+.6f}, {gain / base.val_bpb:+.2%}), one seed",
              f"rows: results.tsv   picture: runs/{s.config.tag}/progress.png   checkpoint: runs/{s.config.tag}/best/"]
-    if s.tokens:
-        lines.insert(1, f"{s.tokens:,}{limit} tokens spent on {s.model}")
+    if s.llm.tokens:
+        lines.insert(1, f"{s.llm.tokens:,}{limit} tokens spent on {s.llm.model}")
     if gain < 0:
         lines.append(f"to have it: git checkout YOUR-BRANCH && git merge {s.branch}   (or pick: git log {s.branch})")
     return "\n".join(lines)
@@ -2670,15 +2789,15 @@ def show_request(config: Config) -> int:
     """Print one whole request and the reply to it; train nothing, change nothing."""
     s, _ = opened(config, Screen())
     read_branch(s)
-    s.model = find_model(config, s.last_model)
+    s.llm.model = find_model(config, s.last_model)
     messages = request(s, read_text(config.root / "program.md", "replace"))
     for part in messages:
         print(f"<!-- {part['role']} -->\n\n{part['content']}\n")
     try:
         reply = ask(s, messages, kept=False)
     except NoReply as error:
-        raise UserError(f"{config.base_url}, model {s.model}: {error}") from None
-    print(f"<!-- reply of {s.model}, {reply.tokens} tokens in all -->\n\n{reply.text}\n")
+        raise UserError(f"{config.base_url}, model {s.llm.model}: {error}") from None
+    print(f"<!-- reply of {s.llm.model}, {reply.tokens} tokens in all -->\n\n{reply.text}\n")
     try:
         proposal, _ = checked(reply.text, s.text, s.data.preset, tried(s.results))
         print(f"The reply applies: {proposal.description}")
@@ -2700,6 +2819,8 @@ def parser() -> argparse.ArgumentParser:
                    help="seconds of training an experiment, default 300; scores compare within one budget only")
     p.add_argument("--max-llm-tokens", type=int, metavar="N",
                    help="stop asking the model after N tokens in this session, and go on with the search")
+    p.add_argument("--prefetch", action=argparse.BooleanOptionalAction, default=None,
+                   help="ask for the next proposal while one trains; default: where the model runs on another machine")
     p.add_argument("--sandbox", choices=("auto", "require", "off"), default="auto",
                    help="auto: where the system allows one, else a loud line; require: or not at all; off: none")
     p.add_argument("--status", action="store_true", help="print what the record says so far, and end")
@@ -2727,7 +2848,8 @@ def configured(args: argparse.Namespace) -> Config:
     return Config(root=Path(__file__).resolve().parent, cache=Path(cache).expanduser().resolve(), tag=args.tag,
                   hours=args.hours, experiments=args.experiments, proposer=proposer,
                   model=args.model or os.environ.get("OPENAI_MODEL", ""), base_url=url or Config.base_url, api_key=key,
-                  budget_s=args.time_budget, sandbox=args.sandbox, max_llm_tokens=args.max_llm_tokens)
+                  budget_s=args.time_budget, sandbox=args.sandbox, max_llm_tokens=args.max_llm_tokens,
+                  prefetch=args.prefetch)
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
