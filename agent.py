@@ -69,6 +69,8 @@ TMP_BYTES = 2**30                # its /tmp, and its /dev/shm
 PROCESSES = 1000                 # that it may have at once
 FREE_BYTES, FREE_SHARE = 2**30, 0.03         # of the disk, of memory: a run that leaves less is killed
 FROZEN_LOOKS = 5       # a run that has stopped itself is killed after so many looks
+LOADING_S = 60.0       # for a process to load its modules
+SPARE_SHARE = 0.2      # of memory: with less left, none waits for the next run
 DEAD_S = 10.0          # limit for killed processes to be gone
 TOO_GOOD = 0.05        # a gain of this share of val_bpb is run again under CONFIRM_SEED before it counts
 TAIL_BYTES, JSON_BYTES = 32_768, 65_536   # of a log, of a JSON file that are ever read
@@ -325,6 +327,8 @@ class Session:
     refused: list[str] = field(default_factory=list)      # since the last row
     rows: int = 0                    # recorded by this session
     drawn: float = field(default_factory=time.monotonic)  # when the picture was
+    drawing: threading.Thread | None = None
+    spares: dict[str, Running] = field(default_factory=dict)   # for the next run, and the next scoring
     crashes: int = 0                 # rows in a row
     next_id: int = 1
     git_dir: Path = Path()
@@ -338,7 +342,7 @@ class Session:
     spoiled: str = ""                # what a run without a sandbox changed that it must not
     prefetch: bool = False           # the next proposal is asked for while one trains
     ready: Ahead | None = None       # the next proposal
-    asked: queue.SimpleQueue | None = None                # where it will come: (Ahead or None, tokens)
+    asked: queue.SimpleQueue | None = None                # where it will come: (Ahead, error or None; tokens)
 
     @property
     def branch(self) -> str:
@@ -1437,36 +1441,176 @@ def child_env(s: Session, work: Path, **more: str) -> dict[str, str]:
     """The environment of a run: an allow-list, nothing of the user's; the data set that the session began with."""
     return {**{name: os.environ[name] for name in PASSED_ENV if name in os.environ},
             "PYTHONPATH": str(s.config.root), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONUSERBASE": site.getuserbase(), "HOME": str(work), "TMPDIR": "/tmp" if s.bwrap else str(work / "tmp"),
+            "PYTHONUSERBASE": site.getuserbase(), "HOME": str(work),
+            "TMPDIR": str(work / "compile" / "tmp"),   # torch keeps compiled headers there: 8 s of each start
             "TORCHINDUCTOR_CACHE_DIR": str(work / "compile"), "TRITON_CACHE_DIR": str(work / "compile" / "triton"),
             "AUTORESEARCH_CACHE": str(s.config.cache), "AUTORESEARCH_DATA": s.data.folder.name,
+            "AUTORESEARCH_PRESET": s.data.preset,
             "AUTORESEARCH_SEED": str(SEED), "AUTORESEARCH_TIME_BUDGET": str(s.config.budget_s), **more}
 
 class Running(NamedTuple):
-    """A child: its process, our end of the socket over which it asks for data, the open file of its output."""
+    """A child: its process, our end of the socket over which it asks for data, its folder, the file of its output."""
     process: subprocess.Popen
     ours: socket.socket
+    work: Path
+    log: Path
     output: BinaryIO
+    shown: tuple                     # which files it can read
+    cache_of: str                    # the best that it has a copy of the compile cache of
 
-@contextlib.contextmanager
-def child(s: Session, work: Path, args: list[str], log: Path, **env: str):
-    """A Python process in the sandbox, as Running; after the block it and all that it started are dead."""
-    others, (ours, theirs) = set(descendants(os.getpid())), socket.socketpair()
-    shown = [s.config.root / "prepare.py", s.data.folder / "meta.json"]
-    command = ["/bin/sh", "-c", CONFINE, "sh", *sandboxed(s, work, shown), s.config.python, *args]
-    env = child_env(s, work, AUTORESEARCH_HANDOVER_FD=str(theirs.fileno()), **env)
-    with ours, theirs, open(log, "ab") as output:
+CACHES = {"train": "compile", "score": "compile-score"}   # the compile cache that each kind of child leaves
+LOGS = {"train": "run.log", "score": "score.log"}
+PRELOADED = {"train": ("torch", "torch._dynamo", "torch._inductor.compile_fx"), "score": ("torch",)}
+CHILD_ENV = {"train": {}, "score": {"GOMP_SPINCOUNT": "10000"}}   # threads that wait soon leave their core to a spare
+STARTER = """
+import importlib, json, os, runpy, sys
+channel = int(os.environ["AUTORESEARCH_HANDOVER_FD"])
+sys.path.pop(0)   # the folder that it may write to
+try:
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    cache = os.path.join(os.environ["TORCHINDUCTOR_CACHE_DIR"], "fxgraph")
+    if "torch._dynamo" in sys.argv and os.environ["AUTORESEARCH_PRESET"] == "cpu" and os.path.exists(cache):
+        torch = sys.modules["torch"]   # what the first compilation of a process loads; on a GPU it would take memory
+        torch.compile(torch.square)(torch.ones(8))
+except (ImportError, RuntimeError, OSError):
+    pass   # what is in the way here is in the way of the run too, and told there
+os.write(channel, b"ready")
+order = os.read(channel, 65536)
+if order:
+    order = json.loads(order)
+    os.environ.update(order["env"])
+    sys.argv = order["args"]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+def started(s: Session, kind: str, work: Path, modules: tuple[str, ...] = ()) -> Running:
+    """A Python process in the sandbox, with a folder of its own, that loads modules and then waits for an order."""
+    remove(work)
+    work.mkdir(parents=True)
+    copy_cache(s, kind, work)
+    shown, log = shown_files(s), work.with_suffix(".log")
+    sandbox = sandboxed(s, work, [path for path, *_ in shown])
+    command = ["/bin/sh", "-c", CONFINE, "sh", *sandbox, s.config.python, "-c", STARTER, *modules]
+    output, (ours, theirs) = open(log, "wb"), socket.socketpair()
+    with theirs:
+        env = child_env(s, work, AUTORESEARCH_HANDOVER_FD=str(theirs.fileno()), **CHILD_ENV[kind])
         process = subprocess.Popen(command, cwd=work, env=env, stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=subprocess.STDOUT, pass_fds=[theirs.fileno()], start_new_session=True)
-        theirs.close()
+    return Running(process, ours, work, log, output, shown, s.best.commit if s.best else "")
+
+def copy_cache(s: Session, kind: str, work: Path) -> None:
+    """Give a process a copy of the compile cache that the best left."""
+    remove(work / "compile")
+    if (s.runs / "best" / CACHES[kind]).is_dir():
+        copy_plain(s.runs / "best" / CACHES[kind], work / "compile")
+    (work / "compile" / "tmp").mkdir(parents=True, exist_ok=True)
+
+@contextlib.contextmanager
+def child(s: Session, kind: str, folder: Path, text: str):
+    """A Running for a run or a scoring, with folder/work as its folder and this train.py in it; it waits for an order.
+
+    After the block it and all that it started are dead.
+    """
+    running = s.spares.pop(kind, None)
+    if running and not is_fit(s, running):
+        end_spare(s, running)
+        running = None
+    others = set(descendants(os.getpid()))
+    running = running or started(s, kind, folder / "work")
+    others -= family(running.process.pid)
+    try:
+        with contextlib.nullcontext() if s.bwrap else lifeline(running.process):
+            yield adopted(s, kind, folder, text, running)
+    finally:
+        end(s, running, others)
+
+def adopted(s: Session, kind: str, folder: Path, text: str, running: Running) -> Running:
+    """A waiting process as the one of that folder; to itself, its own folder stays where it was."""
+    work, log = folder / "work", folder / LOGS[kind]
+    if running.work != work:
+        remove(work)
+        running.work.rename(work)
+        if running.cache_of != (s.best.commit if s.best else ""):
+            copy_cache(s, kind, work)
+    os.replace(running.log, log)
+    write_whole(work / "train.py", text)
+    return running._replace(work=work, log=log)
+
+def order(s: Session, running: Running, args: list[str], **env: str) -> None:
+    """Tell a waiting process which script to run, with what arguments and environment."""
+    s.screen.phase("starting")
+    with contextlib.suppress(ConnectionError, TimeoutError):   # it has died, or hangs: watch() sees that
+        running.ours.settimeout(LOADING_S)
+        running.ours.recv(64)   # ready
+        running.ours.sendall(json.dumps({"args": args, "env": env}).encode())
+    running.ours.settimeout(None)
+
+def end(s: Session, running: Running, others: set[int]) -> None:
+    """Kill a child and all that it started: what descends from us, and is none of others nor of the spares."""
+    with running.ours, running.output:
+        end_tree(s, running.process, others)
+        os.fchmod(running.output.fileno(), 0o644)
+        if os.fstat(running.output.fileno()).st_size > LOG_BYTES:
+            running.output.truncate(LOG_BYTES)
+
+def shown_files(s: Session) -> tuple:
+    """The files that a child is shown, and which they are: a sandbox goes on showing the one that was replaced."""
+    paths = s.config.root / "prepare.py", s.data.folder / "meta.json"
+    return tuple((path, path.stat().st_ino, path.stat().st_mtime_ns) for path in paths)
+
+def is_fit(s: Session, running: Running) -> bool:
+    """Whether a spare can be used, once it has loaded its modules."""
+    limit = time.monotonic() + LOADING_S
+    while not select.select([running.ours], [], [], POLL_S)[0] and time.monotonic() < limit:
+        s.screen.phase("starting")
+    loaded = select.select([running.ours], [], [], 0)[0] and running.process.poll() is None
+    return bool(loaded) and running.shown == shown_files(s)
+
+def keep_spare(s: Session, kind: str) -> None:
+    """Start a process for the next child of a kind, where there is none: it loads what that needs, and waits.
+
+    Only with a sandbox, which keeps it apart from what runs meanwhile, and only for a train.py that uses torch.
+    """
+    work = s.runs / f"spare-{kind}"
+    needless = kind in s.spares or kind == "train" and (is_last(s) or not enough_time(s))
+    can_be_stopped = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+    if needless or not s.bwrap or not can_be_stopped or memory_left() < SPARE_SHARE:
+        return
+    if re.search(r"^(import|from) torch\b", s.text, re.M):
         try:
-            with contextlib.nullcontext() if s.bwrap else lifeline(process):
-                yield Running(process, ours, output)
-        finally:
-            end_tree(process, others)
-            os.fchmod(output.fileno(), 0o644)
-            if os.fstat(output.fileno()).st_size > LOG_BYTES:
-                output.truncate(LOG_BYTES)
+            s.spares[kind] = started(s, kind, work, PRELOADED[kind])
+        except OSError:   # a full disk: then there is none
+            remove(work)
+
+def be_still(s: Session) -> None:
+    """Return when nothing of ours computes any more: a clock is about to start."""
+    if s.drawing:
+        s.drawing.join()
+    for _ in range(50):
+        signal_spares(s, signal.SIGSTOP)
+        if all(stopped(pid) for running in s.spares.values() for pid in family(running.process.pid)):
+            break   # else one has just been made
+        time.sleep(0.01)
+
+def signal_spares(s: Session, number: int) -> None:
+    """Send a signal to all processes of the spares."""
+    for running in s.spares.values():
+        for pid in family(running.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+def end_spare(s: Session, running: Running) -> None:
+    """Kill and remove what waits for a run that will not come."""
+    end(s, running, set(descendants(os.getpid())) - family(running.process.pid))
+    remove(running.work)
+    remove(running.log)
+
+def end_spares(s: Session) -> None:
+    """Leave no spare behind."""
+    while s.spares:
+        end_spare(s, s.spares.popitem()[1])
 
 @contextlib.contextmanager
 def lifeline(process: subprocess.Popen):
@@ -1495,20 +1639,27 @@ def descendants(pid: int) -> list[int]:
                 found += map(int, Path(path).read_text().split())
     return found[1:]
 
+def family(pid: int) -> set[int]:
+    """A process and those below it."""
+    return {pid, *descendants(pid)}
+
 def ended(process: subprocess.Popen, seconds: float) -> bool:
     """Whether a process ends within some seconds."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     return process.returncode is not None
 
-def end_tree(process: subprocess.Popen, others: set[int]) -> None:
+def end_tree(s: Session, process: subprocess.Popen, others: set[int]) -> None:
     """Kill a run with everything it started, whatever session that moved to; returns when it is gone."""
     limit = time.monotonic() + DEAD_S
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     if not ended(process, DEAD_S):
         raise UserError(f"process {process.pid} cannot be killed: its driver hangs. Restart the machine, then agent.py")
-    while (left := set(descendants(os.getpid())) - others) and time.monotonic() < limit:
+    while time.monotonic() < limit:
+        spared = {pid for spare in s.spares.values() for pid in family(spare.process.pid)}
+        if not (left := set(descendants(os.getpid())) - others - spared):
+            return
         for pid in left:   # a sandbox's first process is gone only when all in it are
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)
@@ -1539,11 +1690,14 @@ def excess(tree: list[int], work: Path, reserve: int) -> str:
                     return f"wrote more than {WORK_BYTES >> 30} GB or {WORK_FILES} files, or {WORK_DEPTH} levels deep"
     if shutil.disk_usage(work).free < reserve:
         return DISK_FULL
+    return "out of memory: the machine has nearly none left" if memory_left() < FREE_SHARE else ""
+
+def memory_left() -> float:
+    """The share of the machine's memory that can be had; 1 where the system does not tell."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         memory = dict(re.findall(r"^(\w+): +(\d+) kB", Path("/proc/meminfo").read_text(), re.M))
-        if int(memory["MemAvailable"]) < FREE_SHARE * int(memory["MemTotal"]):
-            return "out of memory: the machine has nearly none left"
-    return ""
+        return int(memory["MemAvailable"]) / int(memory["MemTotal"])
+    return 1.0
 
 def open_read_only(s: Session, work: Path, paths: list[Path]) -> list[int]:
     """Descriptors of files. With a sandbox, of a read-only mount in it: they cannot be opened again for writing."""
@@ -1577,23 +1731,29 @@ class Watched(NamedTuple):
     killed: str
     paused_s: float
 
-def watch(s: Session, work: Path, running: Running, names: tuple[str, str], limits: tuple[float, float],
-          message: str, paths: list[Path]) -> Watched:
+PHASES = {"train": ("starting", "training"), "score": ("scoring", "scoring")}   # before and after the hand-over
+
+def watch(s: Session, kind: str, running: Running, limits: tuple[float, float], message: str, paths: list[Path]
+          ) -> Watched:
     """Follow a child to its end or its limits; the caller kills it. Raises OutOfTime some time after the deadline.
 
-    It is given a message and open files when it asks for them. names and limits, in seconds, are those of its time
-    before that hand-over and after it.
+    It is given a message and open files when it asks for them. limits, in seconds, are those of its time before that
+    hand-over and after it.
     """
-    process, ours, output = running
+    process, ours, work, log, output = running[:5]
+    keep_spare(s, "score" if kind == "train" else "train")   # beside what is not timed
     began = looked = now = time.monotonic()
     limit, handed, asked, frozen, paused_s = began + limits[0], None, False, 0, 0.0
     while True:
-        if not asked and select.select([ours], [], [], 0)[0]:
+        if not asked and select.select([ours], [], [], POLL_S)[0]:
             asked = True
+            if kind == "train":
+                be_still(s)
             if hand_over(s, work, ours, message, paths):
                 handed = time.monotonic()
                 limit = handed + limits[1]
-        last, over, now, fault = now, ended(process, POLL_S), time.monotonic(), ""
+            now = time.monotonic()   # that has taken a while
+        last, over, now, fault = now, ended(process, POLL_S if asked else 0), time.monotonic(), ""
         paused_s = max(paused_s, now - last)
         if os.fstat(output.fileno()).st_size > LOG_BYTES:
             fault = f"printed more than {LOG_BYTES >> 20} MB"
@@ -1606,20 +1766,24 @@ def watch(s: Session, work: Path, running: Running, names: tuple[str, str], limi
         if over or fault:
             return Watched(None if handed is None else now - handed, fault, paused_s)
         if now > s.deadline + OVERTIME_S:
-            raise OutOfTime(f"{Path(output.name).parent.name} did not end before the deadline")
-        share = f" {min(1, (now - handed) / s.config.budget_s):4.0%}" if handed and names[1] == "training" else ""
-        s.screen.phase(names[bool(handed)] + share, Path(output.name))
+            raise OutOfTime(f"{log.parent.name} did not end before the deadline")
+        share = f" {min(1, (now - handed) / s.config.budget_s):4.0%}" if handed and kind == "train" else ""
+        s.screen.phase(PHASES[kind][bool(handed)] + share, log)
 
 def train(s: Session, folder: Path, text: str, seed: int) -> Run:
     """Run a train.py to its checkpoint, hand it the tokens when it asks, and time it from outside."""
-    log, asleep_s, work = folder / "run.log", s.config.asleep_s(), fresh_work(s, folder, text, "compile")
+    log, asleep_s = folder / LOGS["train"], s.config.asleep_s()
     limits = s.config.startup_s, (1 + KILL_SHARE) * s.config.budget_s + KILL_S
     files = [s.data.folder / "train.bin", s.data.folder / "train_docs.npy"]
-    with child(s, work, ["train.py"], log, AUTORESEARCH_SEED=str(seed)) as running:
-        seen = watch(s, work, running, ("starting", "training"), limits, "tokens", files)
-        exit_code = running.process.returncode
+    try:
+        with child(s, "train", folder, text) as running:
+            order(s, running, ["train.py"], AUTORESEARCH_SEED=str(seed))
+            seen = watch(s, "train", running, limits, "tokens", files)
+            exit_code = running.process.returncode
+    finally:
+        signal_spares(s, signal.SIGCONT)
     train_s, killed, tail = seen.train_s, seen.killed, log_tail(log)
-    take(work, folder, "compile", *() if killed else ("checkpoint.pt", "facts.json"))
+    take(folder, CACHES["train"], *() if killed else ("checkpoint.pt", "facts.json"))
     reason = killed or crash_reason(exit_code, tail, (folder / "checkpoint.pt").is_file())
     status = "invalid" if exit_code == BROKE_A_RULE and not killed else "crash" if reason else ""
     late_s = (train_s or 0) - (1 + LATE_SHARE) * s.config.budget_s - LATE_S
@@ -1714,17 +1878,20 @@ def is_full(error: BaseException) -> bool:
 
 def score(s: Session, folder: Path, text: str) -> Score:
     """The scorer's verdict on a folder's checkpoint. A scorer that fails is started once more."""
-    log, args = folder / "score.log", [str(s.config.root / "prepare.py"), "score", "."]
+    log, args = folder / LOGS["score"], [str(s.config.root / "prepare.py"), "score", "."]
     for attempt in range(2):
-        work, secret = fresh_work(s, folder, text, "compile-score"), secrets.token_hex()
-        for name in ("checkpoint.pt", "facts.json"):
-            if (folder / name).exists():
-                shutil.copyfile(folder / name, work / name)
-        with child(s, work, args, log) as running:
+        if attempt:
+            log.rename(folder / "score1.log")
+        secret = secrets.token_hex()
+        with child(s, "score", folder, text) as running:
+            for name in ("checkpoint.pt", "facts.json"):
+                if (folder / name).exists():
+                    shutil.copyfile(folder / name, running.work / name)
+            order(s, running, args)
             rows = [s.data.folder / "val.bin"]
-            seen = watch(s, work, running, ("scoring", "scoring"), (RECEIVING_S, SCORING_S), secret, rows)
+            seen = watch(s, "score", running, (RECEIVING_S, SCORING_S), secret, rows)
             exit_code = running.process.returncode
-        take(work, folder, "compile-score", "score.json", "val_rows.npy")
+        take(folder, CACHES["score"], "score.json", "val_rows.npy")
         found = read_facts(folder / "score.json")
         if found.get("fingerprint", s.data.fingerprint) != s.data.fingerprint:
             raise UserError("the data were prepared anew while the session ran. Start again")
@@ -1782,18 +1949,9 @@ def fresh_folder(s: Session, id: str, attempt: int, text: str) -> Path:
     write_whole(folder / "train.py", text)
     return folder
 
-def fresh_work(s: Session, folder: Path, text: str, cache: str) -> Path:
-    """An empty folder for one process, the only one it may write to: the train.py and a copy of the best's cache."""
+def take(folder: Path, cache: str, *names: str) -> None:
+    """Move what a process was to leave, plain files only, and its compile cache out of folder/work; delete the rest."""
     work = folder / "work"
-    remove(work)
-    (work / "tmp").mkdir(parents=True)
-    write_whole(work / "train.py", text)
-    if (s.runs / "best" / cache).is_dir():
-        copy_plain(s.runs / "best" / cache, work / "compile")
-    return work
-
-def take(work: Path, folder: Path, cache: str, *names: str) -> None:
-    """Move what a process was to leave, plain files only, out of its folder, and its compile cache; delete the rest."""
     os.chmod(work, 0o700)   # it may have taken the rights away, here and below
     for name in names:
         remove(folder / name)
@@ -1805,6 +1963,12 @@ def take(work: Path, folder: Path, cache: str, *names: str) -> None:
     if (work / "compile").is_dir() and not (work / "compile").is_symlink():
         os.chmod(work / "compile", 0o700)
         (work / "compile").rename(folder / cache)
+        tmp = folder / cache / "tmp"
+        if tmp.is_symlink() or not tmp.is_dir():
+            remove(tmp)
+        for path in tmp.glob("*"):
+            if not path.name.startswith("torchinductor_"):
+                remove(path)
     remove(work)
 
 def copy_plain(source: Path, target: Path, *left_out: str) -> None:
@@ -1837,7 +2001,7 @@ def tidy(s: Session, folder: Path, kept: bool) -> None:
     if kept:
         new, best = s.runs / "best.new", s.runs / "best"
         remove(new)
-        copy_plain(folder, new, "run.log", "score.log", "llm.md")
+        copy_plain(folder, new, "run.log", "score.log", "score1.log", "llm.md")
         remove(best)
         new.rename(best)
     for log in folder.glob("*.log"):
@@ -1879,13 +2043,16 @@ def read_dataset(config: Config) -> Dataset | None:
 # Effects: the model
 
 def is_local(url: str) -> bool:
-    """Whether a URL leads to this very machine: one of its own addresses can be bound here."""
-    with contextlib.suppress(OSError, ValueError, UnicodeError):
-        for family, kind, _, _, (address, *_) in socket.getaddrinfo(urlsplit(url).hostname, 0, type=socket.SOCK_STREAM):
-            with socket.socket(family, kind) as probe:
-                probe.bind((address, 0))
-                return True
-    return False
+    """Whether a URL leads to this very machine: one of its addresses can be bound here."""
+    found, host = [], ""
+    with contextlib.suppress(OSError, ValueError):
+        host = urlsplit(url).hostname or ""
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    for net, kind, _, _, (address, *_) in found:
+        with contextlib.suppress(OSError), socket.socket(net, kind) as probe:
+            probe.bind((address, 0))
+            return True
+    return host == "localhost"
 
 def client(config: Config, limit_s: float):
     """An OpenAI client that leaves retries to us."""
@@ -2104,6 +2271,8 @@ def listen(s: Session) -> None:
 
 def fall_back(s: Session, error: NoReply) -> None:
     """Say why the search proposes now, and listen for the model. Raises UserError if it never answered for good."""
+    if s.llm.listener:
+        return   # another request has failed with this one
     answered_before = error.kind == "unreachable" and s.llm.model == s.last_model   # a restart after a power cut
     if s.llm.starting and error.kind not in ("passing", "spent") and not answered_before:
         what = "the request is too long for it: " * (error.kind == "long")
@@ -2290,9 +2459,7 @@ def standing(results: list[Result], best: Result | None) -> str:
 
 def draw(results: list[Result], path: Path) -> None:
     """The progress picture: every score a dot, the running best a step line, keeps labelled."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     keeps = [r for r in results if r.status == "keep"]
     if not keeps:
         return
@@ -2300,7 +2467,8 @@ def draw(results: list[Result], path: Path) -> None:
     room = max(max(y) - min(y), 0.002)
     top = max(y) + 0.35 * room       # what is worse, or has no score, stands at the top
     others = [r for r in results if r.status not in ("keep", "verify")]
-    _, axes = plt.subplots(figsize=(12, 6), dpi=130, layout="constrained")
+    figure = Figure(figsize=(12, 6), dpi=130, layout="constrained")
+    axes = figure.subplots()
     for name, marker, color in (("discarded", "o", "#b8b8b8"), ("no score", "x", "#cc4444")):
         rows = [r for r in others if bool(r.val_bpb) == (name == "discarded")]
         axes.scatter([int(r.id) for r in rows], [min(r.val_bpb or top, top) for r in rows], s=28, marker=marker,
@@ -2317,9 +2485,20 @@ def draw(results: list[Result], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper right", frameon=False, ncols=4)
-    plt.savefig(path.with_suffix(".new.png"))
-    plt.close()
+    figure.savefig(path.with_suffix(".new.png"))
     os.replace(path.with_suffix(".new.png"), path)
+
+def drawn(results: list[Result], path: Path) -> None:
+    """Draw, where the disk has room for it."""
+    with contextlib.suppress(OSError):
+        draw(results, path)
+
+def redraw(s: Session) -> None:
+    """Begin to draw the picture anew, beside the start of a run, unless it is fresh."""
+    if s.rows and time.monotonic() - s.drawn > DRAW_S:
+        s.drawn = time.monotonic()
+        s.drawing = threading.Thread(target=drawn, args=(s.mine, s.runs / "progress.png"), daemon=True)
+        s.drawing.start()
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -2351,6 +2530,7 @@ def fitting(s: Session) -> tuple[Proposal, str] | None:
     if found is None:
         return None
     proposal, text = found.proposal, found.text
+    move_exchange(s, found.id)
     try:
         if found.base != s.text:
             if any(edit.kind == "file" for edit in proposal.edits):
@@ -2362,11 +2542,16 @@ def fitting(s: Session) -> tuple[Proposal, str] | None:
         s.refused.append(f"{proposal.description}: {one_line(str(error))[:300]}")
         s.screen.say(f"      dropped before training, as it was asked for ahead: {s.refused[-1][:140]}")
         return None
-    exchange = s.runs / found.id / "llm.md"
-    if found.id != s.proposal_id and exchange.exists():   # a repeat has taken its id
-        (s.runs / s.proposal_id).mkdir(exist_ok=True)
-        exchange.replace(s.runs / s.proposal_id / "llm.md")
     return proposal, text
+
+def move_exchange(s: Session, id: str) -> None:
+    """File the exchange with the model about a proposal under its present id, where a repeat has taken the other."""
+    old, new = (s.runs / name / "llm.md" for name in (id, s.proposal_id))
+    if old != new and old.exists():
+        new.parent.mkdir(exist_ok=True)
+        with open(new, "a", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(read_text(old))
+        old.unlink()
 
 def arrived(s: Session) -> Ahead | None:
     """What prefetch() asked for, waited for; None where nothing came. Raises OutOfTime."""
@@ -2374,8 +2559,12 @@ def arrived(s: Session) -> Ahead | None:
         s.screen.phase(f"asking {s.llm.model}")
         with contextlib.suppress(queue.Empty):
             (found, tokens), s.asked = s.asked.get(timeout=0.5), None
-            s.tokens += 0 if found else tokens
-            return found
+            if isinstance(found, Ahead):
+                return found
+            s.tokens += tokens
+            if found:
+                raise found
+            return None
         if not enough_time(s):
             raise OutOfTime(f"no time is left for what {s.llm.model} is asked")
     return None
@@ -2385,27 +2574,30 @@ def prefetch(s: Session, proposal: Proposal, text: str) -> None:
 
     It is asked with a copy of the session: as it is now, and with this experiment as a row that has no result yet.
     """
-    last = s.config.experiments is not None and s.rows + 1 >= s.config.experiments
-    if not s.prefetch or s.ready or s.asked or last or not enough_time(s, 2) or s.llm.listener:
+    busy = s.ready or s.asked or s.llm.listener or s.llm.spent
+    if not s.prefetch or not s.best or busy or is_last(s) or not enough_time(s, 2):
         return
     row = replace(result_of(s, proposal, text, Run("", "", None, {}, "", ""), Score(), (RUNNING, "no result yet"), 0.0),
                   commit=RUNNING)
-    copy = replace(s, results=[*s.results, row], next_id=s.next_id + 1, refused=list(s.refused), tokens=0,
-                   diffs={**s.diffs, RUNNING: diff(s.text, text)})
+    s.diffs[RUNNING] = diff(s.text, text)
+    copy = replace(s, results=[*s.results, row], next_id=s.next_id + 1, refused=list(s.refused), tokens=0)
     if not is_for_search(copy):
-        program, s.asked = read_text(s.config.root / "program.md", "replace"), queue.SimpleQueue()
+        program, answers = read_text(s.config.root / "program.md", "replace"), queue.SimpleQueue()
         messages = request(copy, program)   # here, not there: git would count as a process that the run has started
-        threading.Thread(target=ask_ahead, args=(copy, program, messages, s.asked), daemon=True).start()
+        threading.Thread(target=ask_ahead, args=(copy, program, messages, answers), daemon=True).start()
+        s.asked = answers
 
 def ask_ahead(s: Session, program: str, messages: list[dict], answers: queue.SimpleQueue) -> None:
-    """Put what the model proposes into a queue, None where it proposes nothing, with the tokens spent."""
-    found = None
+    """Put into a queue what the model proposes, or else the search; None or an error without; and the tokens spent."""
+    found: Ahead | OSError | None = None
     try:
-        if made := from_model(s, program, messages):
-            proposal = replace(made[0], program=program, llm_tokens=s.tokens or None)
-            found = Ahead(proposal, made[1], s.text, s.proposal_id)
-    except OutOfTime:
-        pass
+        proposal, text = from_model(s, program, messages) or search_proposal(
+            s.text, s.data.preset, f"{s.config.tag}/{s.proposal_id}", tried(s.results))
+        found = Ahead(replace(proposal, program=program, llm_tokens=s.tokens or None), text, s.text, s.proposal_id)
+    except OSError as error:   # a full disk
+        found = error
+    except (OutOfTime, UserError):
+        pass   # the loop will come upon it
     finally:
         answers.put((found, s.tokens))
 
@@ -2475,7 +2667,9 @@ def experiment(s: Session, proposal: Proposal, text: str) -> Result:
     start, id = time.monotonic() - s.waited_s, f"{s.next_id:04d}"
     best_bpb = s.best.val_bpb if s.best else None
     s.screen.label = id, proposal.description
-    prefetch(s, proposal, text)
+    with contextlib.suppress(OSError, git_error()):   # then it is asked for in its turn
+        prefetch(s, proposal, text)
+    redraw(s)
     proposal, text, run, verdict, folder = repaired(s, proposal, text, id, best_bpb)
     status, wall_s, again = decide(run, verdict, best_bpb), time.monotonic() - s.waited_s - start, None
     if status[0] == "keep" and too_good(verdict, best_bpb):
@@ -2584,6 +2778,10 @@ def wait_for_room(s: Session, error: BaseException) -> None:
     while lack_of_disk(s):
         pause(s, WAIT_S, "waiting: the disk is full")
 
+def is_last(s: Session) -> bool:
+    """Whether the experiment under way is the last that was asked for."""
+    return s.config.experiments is not None and s.rows + 1 >= s.config.experiments
+
 def enough_time(s: Session, runs: int = 1) -> bool:
     """Whether another run, or so many, can end before the deadline."""
     extra = sorted(r.wall_s - r.train_s for r in s.results[-5:] if r.val_bpb and r.train_s)
@@ -2618,7 +2816,7 @@ def begin(s: Session, resumed: bool) -> None:
     except NO_CODE as error:
         raise UserError(f"train.py does not parse: {error}") from None
     s.screen.standing = standing(s.mine, s.best)
-    for left in s.runs.glob("*/work"):
+    for left in [*s.runs.glob("*/work"), *s.runs.glob("spare-*")]:
         remove(left)   # of a session that was killed
     find_sandbox(s)
     if s.config.proposer != "search":
@@ -2676,9 +2874,6 @@ def step(s: Session) -> None:
         s.ready = Ahead(proposal, text, base, id)   # a baseline comes first
     elif enough_time(s):
         experiment(s, proposal, text)
-    if time.monotonic() - s.drawn > DRAW_S:
-        s.drawn = time.monotonic()
-        draw(s.mine, s.runs / "progress.png")
 
 def loop(s: Session) -> None:
     """Experiment until the deadline or the number of rows that was asked for."""
@@ -2758,9 +2953,11 @@ def session(config: Config) -> int:
             screen.say("stopped; an experiment that was under way leaves no row")
             return 130
         finally:
+            end_spares(s)
             if s.rows:
-                with contextlib.suppress(OSError):
-                    draw(s.mine, s.runs / "progress.png")
+                if s.drawing:
+                    s.drawing.join()
+                drawn(s.mine, s.runs / "progress.png")
                 screen.say(closing(s))
     return 0
 

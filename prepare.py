@@ -88,6 +88,7 @@ START_BATCHES, START_BATCH_ROWS = 18, 4  # of dummy rows, probed at start
 TOLERANCE = 1e-3             # nats that a log probability may move by rounding (an FFT, a scan)
 GPU_TOLERANCE = 0.25         # nats; bf16 logits, summed in another order: four units in the last place of 8 to 16
 MEAN_TOLERANCE = 5e-3        # nats that the next token may lose: on average rounding vanishes, a small leak does not
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # bytes; of glibc's mallopt
 PLAUSIBLE_BPB = (0.01, 100.0)  # what lies outside is no measurement of a language model
 
 def stop(message: str, code: int = 2) -> NoReturn:
@@ -795,12 +796,21 @@ _data: Data | None = None  # of this process; finish() reads its clock
 def load() -> Data:
     """The run's data; seeds random, numpy and torch. Exit 2 if nothing is prepared or the device is missing."""
     global _data
+    keep_memory()
     _data = Data(*current())
     seed = int(os.environ.get("AUTORESEARCH_SEED", 42))
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     return _data
+
+def keep_memory() -> None:
+    """Has glibc keep what is freed: else every step on the CPU gets its large tensors anew, in 10,000 page faults."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        import ctypes
+        mallopt = ctypes.CDLL(None).mallopt
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            mallopt(option, 2**31 - 1)
 
 def under_agent() -> bool:
     return "AUTORESEARCH_HANDOVER_FD" in os.environ
@@ -815,7 +825,7 @@ def receive() -> tuple[str, list]:
     return message.decode(), [os.fdopen(descriptor, "rb") for descriptor in descriptors]
 
 def finish(model: torch.nn.Module, *, steps: int, tokens: int, **facts) -> None:
-    """Writes checkpoint.pt and facts.json into the run's folder. By hand also scores, and exits as the scorer does."""
+    """Writes checkpoint.pt and facts.json into the run's folder, and ends the process; by hand as the scorer does."""
     training_seconds = _data.elapsed()
     folder = Path.cwd() if under_agent() else Path(__file__).resolve().parent / "runs" / "by-hand"
     if not under_agent():
@@ -831,9 +841,10 @@ def finish(model: torch.nn.Module, *, steps: int, tokens: int, **facts) -> None:
         "device": torch.cuda.get_device_name() if _data.device.type == "cuda" else _data.device.type,
     }
     write_text(folder / "facts.json", json.dumps(facts))
-    if not under_agent():
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, __file__, "score", str(folder)])  # gives the device's memory back
+    sys.stdout.flush()
+    if under_agent():
+        os._exit(0)   # nothing is left to be put in order
+    os.execv(sys.executable, [sys.executable, __file__, "score", str(folder)])  # gives the device's memory back
 
 def peak_memory_mb(device_type: str) -> float:
     """MiB in use at most: of device memory, on the CPU of resident memory."""
@@ -859,6 +870,7 @@ def load_model(run_dir: Path, meta: dict) -> torch.nn.Module:
 def measure(run_dir: Path, split: str) -> dict:
     """The content of score.json; writes the nats of every row beside it. Raises Invalid."""
     began = time.monotonic()
+    keep_memory()
     folder, meta = current()
     device, vocab_size, seq_len = device_of(meta["preset"]), meta["vocab_size"], meta["seq_len"]
     secret, (file,) = receive() if under_agent() else ("", [open(folder / f"{split}.bin", "rb")])

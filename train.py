@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 SIZES = {  # the row of the active preset is used
     # DEPTH: transformer blocks [1, 24]
-    # HEADS: attention heads; the width of the model is HEADS * HEAD_DIM channels [1, 16]
+    # HEADS: attention heads; the width of the model is HEADS * HEAD_DIM channels [2, 16]
     # HEAD_DIM: channels per head, rounded to a multiple of 8 [16, 256]
     # WINDOW: tokens that a short-window block sees, itself included; seq_len or more means all [16, 2048]
     # VALUE_EVERY: the last block and every n-th before it has a value embedding, blocks [1, 24]
@@ -83,26 +83,23 @@ LOG_EVERY_S = 2.0  # time between step lines, seconds
 SDPA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-@functools.cache
-def compiled_flex_attention():
-    """Flex attention, which uncompiled would make a dense matrix. Not made at import: the compiler takes seconds."""
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def attend(q, k, v, window: int, block_mask):
-    """Every query sees itself and the window - 1 tokens before it, through the fastest kernel there is."""
+    """Every query sees itself and the window - 1 tokens before it. block_mask: for flex attention, which only compiled
+    is sparse; None where another kernel does the windows."""
     if window >= q.shape[2]:
-        return full_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if block_mask is not None:
-        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
-        return flex(q, k, v, block_mask=block_mask)
+        return flex_attention(q, k, v, block_mask=block_mask)
     return blockwise_attention(q, k, v, window)
 
 
-def full_attention(q, k, v):
-    """Plain causal attention."""
-    with sdpa_kernel(SDPA_ORDER, set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+@functools.cache
+def sparse_mask(window: int, length: int, device):
+    """Flex attention's mask of a short window; made once."""
+    def in_window(batch, head, query, key):
+        return (key <= query) & (query - key < window)
+
+    return create_block_mask(in_window, None, None, length, length, device=device)
 
 
 def blockwise_attention(q, k, v, window: int):
@@ -217,7 +214,9 @@ class Block(nn.Module):
         self.attention = Attention(heads, head_dim, window, has_value_embedding)
         self.mlp = MLP(heads * head_dim)
 
-    def forward(self, x, rotary, value_embedding, block_mask):
+    def forward(self, x, scale, embedded, mix, rotary, value_embedding, block_mask):
+        """The residual stream x (B, T, width), scaled, with a share of the token embedding, through both layers."""
+        x = scale * x + mix * embedded
         x = x + self.attention(norm(x), rotary, value_embedding, block_mask)
         return x + self.mlp(norm(x))
 
@@ -238,7 +237,6 @@ class GPT(nn.Module):
         self.embed_mix = nn.Parameter(torch.full((size.DEPTH,), EMBED_MIX_INIT))
         self.head = Linear(width, vocab_size)
         self.register_buffer("rotary", rotary_table(seq_len, head_dim), persistent=False)
-        self.flex = torch.cuda.is_available() and can_compile("cuda")
         self.init_weights()
 
     @torch.no_grad()
@@ -257,28 +255,26 @@ class GPT(nn.Module):
             embedding.weight.uniform_(-bound, bound)
         self.head.weight.normal_(std=0.001)
 
-    def forward(self, idx):
+    def hidden(self, idx, run_block=Block.forward, block_mask=None):
+        """Tokens (B, T) -> (B, T, width), the input of the head. run_block: Block.forward, or compiled."""
         dtype = torch.bfloat16 if idx.is_cuda else torch.float32
         rotary = self.rotary[:, : idx.shape[1]]
-        block_mask = self.block_mask(idx.shape[1], idx.device)
-        x = embedded = norm(self.embedding(idx).to(dtype))
-        for i, block in enumerate(self.blocks):
-            x = self.residual_scale[i] * x + self.embed_mix[i] * embedded
-            value = self.value_embeddings[str(i)](idx).to(dtype) if str(i) in self.value_embeddings else None
-            x = block(x, rotary, value, block_mask)
-        logits = self.head(norm(x)).float()
-        return SOFTCAP * torch.tanh(logits / SOFTCAP)
+        embedded = norm(self.embedding(idx).to(dtype))
+        x = embedded.clone()  # with one tensor as both, the first block would be compiled by itself
+        with sdpa_kernel(SDPA_ORDER, set_priority=True):  # within a compiled function, no cache would hold that
+            for i, block in enumerate(self.blocks):
+                value = self.value_embeddings[str(i)](idx).to(dtype) if str(i) in self.value_embeddings else None
+                x = run_block(block, x, self.residual_scale[i], embedded, self.embed_mix[i], rotary, value, block_mask)
+        return x
 
-    def block_mask(self, length: int, device):
-        """Flex attention's sparse mask of the short windows; None where it is not used or no window is short."""
-        window = min(self.windows)
-        if not (self.flex and device.type == "cuda" and window < length):
-            return None
+    def forward(self, idx):
+        return logits_of(self.head, self.hidden(idx))
 
-        def in_window(batch, head, query, key):
-            return (key <= query) & (query - key < window)
 
-        return create_block_mask(in_window, None, None, length, length, device=device)
+def logits_of(head, x):
+    """What the head makes of (B, T, width): logits (B, T, vocab_size), fp32."""
+    logits = head(norm(x)).float()
+    return SOFTCAP * torch.tanh(logits / SOFTCAP)
 
 
 def block_windows(depth: int, short: int, full: int) -> list[int]:
@@ -326,19 +322,19 @@ def neuron_power(update):
     return update.square().mean(-1 if update.shape[-2] >= update.shape[-1] else -2, keepdim=True)
 
 
-def equalise_neurons(update, power):
+def equalise_neurons(update, power, beta):
     """Divides each neuron by the root of its running mean square `power`, keeping the norm of each matrix."""
-    power += (1 - NEURON_BETA) * (neuron_power(update) - power)
+    power += (1 - beta) * (neuron_power(update) - power)
     scaled = update * power.clamp_min(1e-10).rsqrt()
     before, after = (t.norm(dim=(-2, -1), keepdim=True) for t in (update, scaled))
     return scaled * before / after.clamp_min(1e-10)
 
 
-def muon_update(weights, gradients, velocity, power, lr, momentum, decay):
+def muon_update(weights, gradients, velocity, power, lr, momentum, decay, neuron_beta):
     """New weights (n, rows, columns); moves velocity and power along. Decays only where the update shrinks too."""
     velocity += (1 - momentum) * (gradients - velocity)
     update = orthogonalise(gradients + momentum * (velocity - gradients))  # Nesterov: looks one step ahead
-    update = equalise_neurons(update, power) * max(1, weights.shape[-2] / weights.shape[-1]) ** 0.5
+    update = equalise_neurons(update, power, neuron_beta) * max(1, weights.shape[-2] / weights.shape[-1]) ** 0.5
     return weights - lr * update - lr * decay * weights * (update * weights >= 0)
 
 
@@ -349,7 +345,8 @@ class Muon(torch.optim.Optimizer):
         shapes = {tuple(p.shape): [] for p in matrices}
         for p in matrices:
             shapes[tuple(p.shape)].append(p)
-        groups = [dict(params=params, lr=lr, momentum=MOMENTUM_START, decay=MATRIX_DECAY) for params in shapes.values()]
+        rates = dict(lr=lr, momentum=MOMENTUM_START, decay=MATRIX_DECAY, neuron_beta=NEURON_BETA)
+        groups = [dict(params=params, **rates) for params in shapes.values()]
         super().__init__(groups, {})
         self.update = update
 
@@ -359,7 +356,8 @@ class Muon(torch.optim.Optimizer):
             params = group["params"]
             weights, gradients = torch.stack(params), torch.stack([p.grad for p in params])
             state = self.state[params[0]] or self.new_state(params[0], weights)
-            rates = [weights.new_full((), group[name]) for name in ("lr", "momentum", "decay")]  # floats recompile
+            names = "lr", "momentum", "decay", "neuron_beta"
+            rates = [weights.new_full((), group[name]) for name in names]  # floats would compile anew
             weights = self.update(weights, gradients, state["velocity"], state["power"], *rates)
             torch._foreach_copy_(params, weights.unbind())
 
@@ -402,18 +400,23 @@ def momentum_at(progress: float) -> float:
 # ---------------------------------------------------------------------------
 
 
-def next_token_loss(model, x, y):
-    """Mean cross entropy, nats per token, of predicting y (B, T) from x (B, T)."""
-    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+def head_loss(head, x, y):
+    """Mean cross entropy, nats per token, of predicting y (B, T) from the input of the head (B, T, width)."""
+    return F.cross_entropy(logits_of(head, x).flatten(0, 1), y.flatten())
 
 
 class Trainer:
-    """Model, optimizers and compiled functions; step() makes one optimizer step."""
+    """Model, optimizers and compiled functions; step() makes one optimizer step.
+
+    A block is compiled rather than the whole model: all of a kind share it, and edits elsewhere leave it cached.
+    """
 
     def __init__(self, model, size: SimpleNamespace, compiled: bool):
-        compile_fn = functools.partial(torch.compile, dynamic=False, disable=not compiled)
+        compile_fn = functools.partial(torch.compile, dynamic=False, disable=not compiled, recompile_limit=64)
         self.model = model
-        self.loss = compile_fn(next_token_loss)
+        self.block, self.head_loss = compile_fn(Block.forward), compile_fn(head_loss)
+        self.compiled = compiled
+        torch.compiler.config.cache_key_tag = str(SDPA_ORDER)  # chooses while it is traced, and is not in the key
         self.muon = Muon(matrix_parameters(model), size.MATRIX_LR, compile_fn(muon_update))
         self.adamw = adamw(model)
         self.micro_batches = math.ceil(size.BATCH_ROWS / size.MICRO_ROWS)
@@ -433,11 +436,17 @@ class Trainer:
             group.update(momentum=momentum_at(progress), decay=MATRIX_DECAY * (1 - progress))
         return factor
 
+    def loss(self, x, y):
+        """Mean loss, nats per token, of predicting y (B, T) from x (B, T)."""
+        window, length = min(self.model.windows), x.shape[1]
+        block_mask = sparse_mask(window, length, x.device) if self.compiled and x.is_cuda and window < length else None
+        return self.head_loss(self.model.head, self.model.hidden(x, self.block, block_mask), y)
+
     def step(self, batches):
         """One optimizer step on the micro-batches (x, y); returns their mean loss, left on the device."""
         total = 0.0
         for x, y in batches:
-            loss = self.loss(self.model, x, y) / self.micro_batches
+            loss = self.loss(x, y) / self.micro_batches
             loss.backward()
             total += loss.detach()
         self.muon.step()

@@ -112,8 +112,9 @@ setattr(torch._inductor.config.triton, "cudagraphs", True)
 """,
         ),
         block(
-            "        self.loss = compile_fn(next_token_loss)",
-            '        self.loss = torch.compile(next_token_loss, mode="max-autotune-no-cudagraphs", fullgraph=True)\n'
+            "        self.block, self.head_loss = compile_fn(Block.forward), compile_fn(head_loss)",
+            "        self.block = compile_fn(Block.forward)\n"
+            '        self.head_loss = torch.compile(head_loss, mode="max-autotune-no-cudagraphs", fullgraph=True)\n'
             "        torch._dynamo.mark_dynamic(model.head.weight, 0)\n"
             "        model.compile(options={'epilogue_fusion': True})",
         ),
@@ -282,7 +283,7 @@ class Experts(nn.Module):
     "layers with private names and hooks": [
         before("        self.init_weights()", "        self._cache = {}\n        self._hook()"),
         before(
-            "    def block_mask(self, length: int, device):",
+            "    def hidden(self, idx, run_block=Block.forward, block_mask=None):",
             """\
     def _hook(self):
         self.head.register_forward_hook(lambda module, args, out: out)
@@ -352,9 +353,9 @@ class Lion(torch.optim.Optimizer):
     ],
     "mixed precision": [
         block(
-            "            loss = self.loss(self.model, x, y) / self.micro_batches",
+            "            loss = self.loss(x, y) / self.micro_batches",
             "            with torch.autocast(x.device.type, torch.bfloat16), torch.profiler.record_function('loss'):\n"
-            "                loss = self.loss(self.model, x, y) / self.micro_batches",
+            "                loss = self.loss(x, y) / self.micro_batches",
         )
     ],
     # Plain Python

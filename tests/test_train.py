@@ -56,7 +56,8 @@ def tokens(rows: int = 4, length: int = SEQ_LEN):
 
 
 def test_loss_at_start_is_that_of_guessing():
-    loss = train.next_token_loss(tiny_model(), tokens(), tokens())
+    model = tiny_model()
+    loss = train.head_loss(model.head, model.hidden(tokens()), tokens())
     assert loss.item() == pytest.approx(math.log(VOCAB), abs=0.05)
 
 
@@ -381,24 +382,38 @@ def test_flex_attention_is_the_windowed_one_inside_a_compiled_function_and_alone
     if not train.can_compile("cpu"):
         pytest.skip("no C++ compiler")
     q, k, v = torch.randn(3, 2, 2, 256, 32)
-    mask = train.create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < 64), None, None, 256, 256, device="cpu")
+    mask = train.sparse_mask(64, 256, torch.device("cpu"))
     expected = train.attend(q, k, v, 64, None)
     for attend in (train.attend, torch.compile(train.attend, dynamic=False, fullgraph=True)):
         torch.testing.assert_close(attend(q, k, v, 64, mask), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
+def test_blocks_of_a_kind_share_what_is_compiled_and_the_cache_holds_all_of_it():
+    if not train.can_compile("cpu"):
+        pytest.skip("no C++ compiler")
+    from torch._dynamo.utils import counters
+
+    size = tiny_size(DEPTH=6, VALUE_EVERY=2)  # windows 8 8 8 32 8 32, a value embedding on the 2nd, 4th and 6th
+    trainer = train.Trainer(train.GPT(VOCAB, SEQ_LEN, size), size, compiled=True)
+    torch._dynamo.reset()
+    counters.clear()
+    trainer.loss(tokens(), tokens()).backward()
+    trainer.loss(tokens(), tokens()).backward()
+    assert counters["stats"]["unique_graphs"] == 3 + 1  # short, short with value, full with value; the head
+    assert counters["aot_autograd"]["total"] == 4 and not counters["aot_autograd"]["autograd_cache_bypass"]
+
+
+@pytest.mark.slow
 def test_compiled_functions_compute_what_they_say():
     if not train.can_compile("cpu"):
         pytest.skip("no C++ compiler")
-    model, x, y = busy_model(DEPTH=1), tokens(), tokens()
-    gradients = [
-        torch.autograd.grad(loss(model, x, y), list(model.parameters()))
-        for loss in (train.next_token_loss, torch.compile(train.next_token_loss, dynamic=False))
-    ]
+    model, x, y = busy_model(), tokens(), tokens()
+    trainers = [train.Trainer(model, tiny_size(), compiled) for compiled in (False, True)]
+    gradients = [torch.autograd.grad(trainer.loss(x, y), list(model.parameters())) for trainer in trainers]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
     batch = torch.randn(3, 4, 32, 16)  # weights, gradients, velocity and what the mean square is taken from
-    rates = torch.tensor([0.02, 0.9, 0.2])
+    rates = torch.tensor([0.02, 0.9, 0.2, 0.95])
     updated = [
         update(*batch[:2], *batch[2:3].clone(), train.neuron_power(batch[0]), *rates)
         for update in (train.muon_update, torch.compile(train.muon_update, dynamic=False))
