@@ -531,7 +531,8 @@ torch.utils: _pytree _triton checkpoint deterministic dlpack flop_counter hooks
 triton: Config OutOfResources autotune cdiv experimental heuristics jit language next_power_of_2 set_allocator testing
 types: MappingProxyType SimpleNamespace""".splitlines())}   # of these modules nothing else
 CLOSED = {*ONLY, "numpy", "random", "torch"}   # modules that are used by naming their parts, never as values
-SETTINGS = ("torch.backends.", "torch._dynamo.config.", "torch._functorch.config.", "torch._inductor.config.")
+SETTINGS = ("torch.backends.", "torch.compiler.config.", "torch._dynamo.config.", "torch._functorch.config.",
+            "torch._inductor.config.")
 UNSAFE = re.compile(   # in torch and numpy
     r"load(?!_state)\w*|save(?!d|_for_b|_on)\w*|\w*(File|Allocator|_allocator$|processes|processing)\w*|fromregex|f2py|"
     r"ctypeslib|DataSource|genfromtxt|hub|package|onnx|fx|export|serialization|distributed|overrides|classes|monitor|"

@@ -476,7 +476,7 @@ REFUSED = {
     "from subprocess import run": IMPORTS.format("from subprocess import run"),
     "from . import agent": IMPORTS.format("from . import agent"),
     "from math import *": IMPORTS.format("from math import *"),
-    "import math as torch": "`import math as torch` gives a module's name to another thing",
+    "import math as numpy": "`import math as numpy` gives a module's name to another thing",
     "from prepare import PRESETS": OF.format("from prepare import PRESETS", "prepare") + "active_preset, finish, load.",
     "from sys import modules": OF.format("from sys import modules", "sys"),
     "from operator import attrgetter": LEADS_OUT.format("from operator import attrgetter"),

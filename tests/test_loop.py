@@ -170,7 +170,7 @@ def test_scoring_that_stumbles_is_repeated_without_training(checkout, server):
     llm(checkout, server, rewrite(MODEL_LINE, STUMBLE))
     r = checkout.record()[1]
     folder = checkout.root / "runs" / r.tag / r.id
-    assert r.status == "keep" and (folder / "score.log").read_text().count("RuntimeError: the scorer stumbled") == 1
+    assert r.status == "keep" and (folder / "score1.log").read_text().count("RuntimeError: the scorer stumbled") == 1
     assert (folder / "run.log").read_text().count("step 1 ") == 1
 
 
