@@ -1462,7 +1462,7 @@ class Running(NamedTuple):
 CACHES = {"train": "compile", "score": "compile-score"}   # the compile cache that each kind of child leaves
 LOGS = {"train": "run.log", "score": "score.log"}
 PRELOADED = {"train": ("torch", "torch._dynamo", "torch._inductor.compile_fx"), "score": ("torch",)}
-CHILD_ENV = {"train": {}, "score": {"GOMP_SPINCOUNT": "10000"}}   # threads that wait soon leave their core to a spare
+CHILD_ENV = {"train": {}, "score": {"OMP_WAIT_POLICY": "PASSIVE"}}   # threads that wait leave their cores to a spare
 STARTER = """
 import importlib, json, os, runpy, sys
 channel = int(os.environ["AUTORESEARCH_HANDOVER_FD"])
@@ -1586,7 +1586,7 @@ def keep_spare(s: Session, kind: str) -> None:
             remove(work)
 
 def be_still(s: Session) -> None:
-    """Return when nothing of ours computes any more: a clock is about to start."""
+    """Return when the picture is drawn and the spares stand still: a clock is about to start."""
     if s.drawing:
         s.drawing.join()
     for _ in range(50):
