@@ -304,8 +304,8 @@ class Endpoint:
     quiet_until: float = 0.0         # of time.monotonic: as the server asked for
     listener: threading.Thread | None = None              # lives while the model does not answer
 
-class Ahead(NamedTuple):
-    """A proposal that was asked for before its turn: it, its train.py, and the best's that it was made for."""
+class Candidate(NamedTuple):
+    """A proposal, its train.py, and the best's that it was made for."""
     proposal: Proposal
     text: str
     base: str
@@ -341,8 +341,8 @@ class Session:
     python_folders: tuple[str, ...] = ()                  # that a sandbox must show
     spoiled: str = ""                # what a run without a sandbox changed that it must not
     prefetch: bool = False           # the next proposal is asked for while one trains
-    ready: Ahead | None = None       # the next proposal
-    asked: queue.SimpleQueue | None = None                # where it will come: (Ahead, error or None; tokens)
+    ready: Candidate | None = None   # the next one, where it is there before its turn
+    asked: queue.SimpleQueue | None = None                # where it will come: (Candidate, error or None; tokens)
 
     @property
     def branch(self) -> str:
@@ -1457,7 +1457,7 @@ class Running(NamedTuple):
     log: Path
     output: BinaryIO
     shown: tuple                     # which files it can read
-    cache_of: str                    # the best that it has a copy of the compile cache of
+    cache_of: Result | None          # the best that it has a copy of the compile cache of
 
 CACHES = {"train": "compile", "score": "compile-score"}   # the compile cache that each kind of child leaves
 LOGS = {"train": "run.log", "score": "score.log"}
@@ -1499,7 +1499,7 @@ def started(s: Session, kind: str, work: Path, modules: tuple[str, ...] = ()) ->
         env = child_env(s, work, AUTORESEARCH_HANDOVER_FD=str(theirs.fileno()), **CHILD_ENV[kind])
         process = subprocess.Popen(command, cwd=work, env=env, stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=subprocess.STDOUT, pass_fds=[theirs.fileno()], start_new_session=True)
-    return Running(process, ours, work, log, output, shown, s.best.commit if s.best else "")
+    return Running(process, ours, work, log, output, shown, s.best)
 
 def copy_cache(s: Session, kind: str, work: Path) -> None:
     """Give a process a copy of the compile cache that the best left."""
@@ -1533,7 +1533,7 @@ def adopted(s: Session, kind: str, folder: Path, text: str, running: Running) ->
     if running.work != work:
         remove(work)
         running.work.rename(work)
-        if running.cache_of != (s.best.commit if s.best else ""):
+        if running.cache_of != s.best:
             copy_cache(s, kind, work)
     os.replace(running.log, log)
     write_whole(work / "train.py", text)
@@ -1564,10 +1564,9 @@ def shown_files(s: Session) -> tuple:
 def is_fit(s: Session, running: Running) -> bool:
     """Whether a spare can be used, once it has loaded its modules."""
     limit = time.monotonic() + LOADING_S
-    while not select.select([running.ours], [], [], POLL_S)[0] and time.monotonic() < limit:
+    while not (loaded := select.select([running.ours], [], [], POLL_S)[0]) and time.monotonic() < limit:
         s.screen.phase("starting")
-    loaded = select.select([running.ours], [], [], 0)[0] and running.process.poll() is None
-    return bool(loaded) and running.shown == shown_files(s)
+    return bool(loaded) and running.process.poll() is None and running.shown == shown_files(s)
 
 def keep_spare(s: Session, kind: str) -> None:
     """Start a process for the next child of a kind, where there is none: it loads what that needs, and waits.
@@ -2504,29 +2503,34 @@ def redraw(s: Session) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def candidate(s: Session) -> tuple[Proposal, str]:
-    """The next proposal and its train.py: what was asked for ahead, if it fits; else propose, apply, guard."""
+def candidate(s: Session) -> Candidate:
+    """The next one to run: what was asked for ahead, if it fits; else propose, apply, guard, until a text passes."""
     s.screen.label, spent = (s.proposal_id, ""), s.tokens
     if found := fitting(s):
         return found
     while True:
         program = read_text(s.config.root / "program.md", "replace")
-        found = None if is_for_search(s) else from_model(s, program, request(s, program))
+        found = None if is_for_search(s) else from_model(s, program)
         try:
-            proposal, text = found or search_proposal(
-                s.text, s.data.preset, f"{s.config.tag}/{s.proposal_id}", tried(s.results))
-            return replace(proposal, program=program, llm_tokens=s.tokens - spent or None), text
+            return complete(s, found, program, spent)
         except UserError:
             if s.config.proposer == "search" or s.llm.spent:
                 raise
             pause(s, ASK_S, f"waiting: no answer from {s.llm.model}, and nothing that the search has not tried")
 
+def complete(s: Session, found: tuple[Proposal, str] | None, program: str, spent: int) -> Candidate:
+    """What the model proposed, or else the search, with the brief and the tokens since `spent`. Raises UserError."""
+    proposal, text = found or search_proposal(
+        s.text, s.data.preset, f"{s.config.tag}/{s.proposal_id}", tried(s.results))
+    proposal = replace(proposal, program=program, llm_tokens=s.tokens - spent or None)
+    return Candidate(proposal, text, s.text, s.proposal_id)
+
 def is_for_search(s: Session) -> bool:
     """Whether it is the search's turn to propose."""
     return s.config.proposer == "search" or bool(s.config.proposer == "mix" and s.best and s.next_id % 2)
 
-def fitting(s: Session) -> tuple[Proposal, str] | None:
-    """The proposal that was asked for ahead, on what is the best now, guarded again; None where there is none."""
+def fitting(s: Session) -> Candidate | None:
+    """What was asked for ahead, on what is the best now, guarded again; None where there is none."""
     found, s.ready = s.ready or arrived(s), None
     if found is None:
         return None
@@ -2543,7 +2547,7 @@ def fitting(s: Session) -> tuple[Proposal, str] | None:
         s.refused.append(f"{proposal.description}: {one_line(str(error))[:300]}")
         s.screen.say(f"      dropped before training, as it was asked for ahead: {s.refused[-1][:140]}")
         return None
-    return proposal, text
+    return Candidate(proposal, text, s.text, s.proposal_id)
 
 def move_exchange(s: Session, id: str) -> None:
     """File the exchange with the model about a proposal under its present id, where a repeat has taken the other."""
@@ -2554,13 +2558,13 @@ def move_exchange(s: Session, id: str) -> None:
             file.write(read_text(old))
         old.unlink()
 
-def arrived(s: Session) -> Ahead | None:
+def arrived(s: Session) -> Candidate | None:
     """What prefetch() asked for, waited for; None where nothing came. Raises OutOfTime."""
     while s.asked:
         s.screen.phase(f"asking {s.llm.model}")
         with contextlib.suppress(queue.Empty):
             (found, tokens), s.asked = s.asked.get(timeout=0.5), None
-            if isinstance(found, Ahead):
+            if isinstance(found, Candidate):
                 return found
             s.tokens += tokens
             if found:
@@ -2590,11 +2594,9 @@ def prefetch(s: Session, proposal: Proposal, text: str) -> None:
 
 def ask_ahead(s: Session, program: str, messages: list[dict], answers: queue.SimpleQueue) -> None:
     """Put into a queue what the model proposes, or else the search; None or an error without; and the tokens spent."""
-    found: Ahead | OSError | None = None
+    found: Candidate | OSError | None = None
     try:
-        proposal, text = from_model(s, program, messages) or search_proposal(
-            s.text, s.data.preset, f"{s.config.tag}/{s.proposal_id}", tried(s.results))
-        found = Ahead(replace(proposal, program=program, llm_tokens=s.tokens or None), text, s.text, s.proposal_id)
+        found = complete(s, from_model(s, program, messages), program, 0)
     except OSError as error:   # a full disk
         found = error
     except (OutOfTime, UserError):
@@ -2602,10 +2604,10 @@ def ask_ahead(s: Session, program: str, messages: list[dict], answers: queue.Sim
     finally:
         answers.put((found, s.tokens))
 
-def from_model(s: Session, program: str, messages: list[dict]) -> tuple[Proposal, str] | None:
-    """What the model answers a request: (proposal, train.py); None where the search must, which is said.
+def from_model(s: Session, program: str, messages: list[dict] | None = None) -> tuple[Proposal, str] | None:
+    """What the model proposes: (proposal, train.py); None where the search must, which is said. Raises UserError.
 
-    Raises UserError.
+    messages: the first request, where it is written already.
     """
     if s.llm.listener and s.llm.listener.is_alive():
         return None
@@ -2615,9 +2617,9 @@ def from_model(s: Session, program: str, messages: list[dict]) -> tuple[Proposal
     began = time.monotonic()
     try:
         while True:
-            if found := converse(s, messages, s.text, Proposal("")):
+            if found := converse(s, messages or request(s, program), s.text, Proposal("")):
                 return found
-            messages = request(s, program)
+            messages = None   # the next one tells what was refused
             if s.llm.unusable >= UNUSABLE or time.monotonic() - began > s.config.outage_s:
                 return s.screen.say(f"      {s.llm.unusable} unusable replies in a row from {s.llm.model}; the search "
                                     f"proposes this one")
@@ -2625,7 +2627,7 @@ def from_model(s: Session, program: str, messages: list[dict]) -> tuple[Proposal
         if error.kind in ("long", "cut") and not s.llm.brief:
             s.llm.brief = True
             s.screen.say(f"      the request is too long for {s.llm.model} ({error}); it is shortened from here on")
-            return from_model(s, program, request(s, program))
+            return from_model(s, program)
         fall_back(s, error)
         return None
 
@@ -2823,7 +2825,7 @@ def begin(s: Session, resumed: bool) -> None:
     if s.config.proposer != "search":
         s.llm.model = find_model(s.config, s.last_model)
     if s.best or s.config.experiments != 1:
-        s.ready = Ahead(*candidate(s), s.text, s.proposal_id)
+        s.ready = candidate(s)
     s.llm.starting = False
     if s.config.proposer != "search":
         local = is_local(s.config.base_url)
@@ -2870,11 +2872,11 @@ def step(s: Session) -> None:
         return measure_baseline(s)
     if s.crashes >= CRASHES:
         check_machine(s)
-    id, base, (proposal, text) = s.proposal_id, s.text, candidate(s)
+    found = candidate(s)
     if follow_user(s):
-        s.ready = Ahead(proposal, text, base, id)   # a baseline comes first
+        s.ready = found   # a baseline comes first
     elif enough_time(s):
-        experiment(s, proposal, text)
+        experiment(s, found.proposal, found.text)
 
 def loop(s: Session) -> None:
     """Experiment until the deadline or the number of rows that was asked for."""
