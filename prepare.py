@@ -5,6 +5,7 @@ Data, clock and scoring: what no experiment may change.
     python prepare.py --dataset builtin --preset cpu     # needs no network
     python prepare.py --dataset my_texts/                # a file or folder of .txt .md .py .jsonl .parquet
     python prepare.py score RUN_DIR [--split val|test]   # bits per byte of RUN_DIR/train.py with RUN_DIR/checkpoint.pt
+    python prepare.py sample RUN_DIR [--prompt TEXT]     # how that model goes on
 
 train.py imports load(), the Data it returns, and finish(). Cache: $AUTORESEARCH_CACHE, else ~/.cache/autoresearch.
 Exit codes: 2 something the user must fix, 3 a model whose score would not be an honest one.
@@ -12,6 +13,7 @@ Exit codes: 2 something the user must fix, 3 a model whose score would not be an
 
 import argparse
 import base64
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -889,11 +891,15 @@ def measure(run_dir: Path, split: str) -> dict:
             "nats": float(nats.sum()), "seconds": time.monotonic() - began, "fingerprint": meta["fingerprint"],
             "secret": secret}
 
-def score(run_dir: Path, split: str) -> int:
-    """Prints the summary, then writes score.json, for test score-test.json. Returns 3 if there is no honest score."""
+def check_run(run_dir: Path) -> None:
+    """Exit 2 if a folder does not hold what a run leaves."""
     for name in ("train.py", "checkpoint.pt"):
         if not (run_dir / name).is_file():
-            stop(f"Nothing to score: {run_dir / name} does not exist.")
+            stop(f"No run to load: {run_dir / name} does not exist.")
+
+def score(run_dir: Path, split: str) -> int:
+    """Prints the summary, then writes score.json, for test score-test.json. Returns 3 if there is no honest score."""
+    check_run(run_dir)
     path = run_dir / {"val": "score.json", "test": "score-test.json"}[split]
     path.unlink(missing_ok=True)
     try:
@@ -925,7 +931,42 @@ def print_summary(result: dict, facts: dict, meta: dict) -> None:
     print("---", *(f"{name + ':':<17} {value}" for name, value in lines.items()), sep="\n", flush=True)
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+@torch.no_grad()
+def sample(run_dir: Path, prompt: str, count: int, temperature: float) -> None:
+    """Prints the prompt and up to count tokens more, to the end of a document.
+
+    A folder that holds meta.json and tokenizer.json, such as best/, needs no prepared data. Rows are padded at the end,
+    where a causal model does not look.
+    """
+    check_run(run_dir)
+    if (run_dir / "meta.json").is_file():
+        os.environ.update(AUTORESEARCH_CACHE=str(run_dir.parent), AUTORESEARCH_DATA=run_dir.name)
+    folder, meta = current()
+    encoding, device = load_tokenizer(folder), device_of(meta["preset"])
+    model, text = load_model(run_dir, meta).to(device).eval(), codecs.getincrementaldecoder("utf-8")("replace")
+    last = meta["vocab_size"] - len(SPECIAL_TOKENS)
+    tokens = [last, *encoding.encode_ordinary(prompt)]  # the special token that leads every document
+    print(prompt, end="", flush=True)
+    for _ in range(count):
+        row = tokens[-meta["seq_len"]:]
+        x = torch.tensor([row + [0] * (meta["seq_len"] - len(row))], device=device)
+        logits = model(x)[0, len(row) - 1].float() / temperature
+        tokens.append(int(torch.multinomial(logits.softmax(0), 1)))
+        if tokens[-1] >= last:
+            break
+        print(text.decode(encoding.decode_single_token_bytes(tokens[-1])), end="", flush=True)
+    print(text.decode(b"", True))
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
+
+def positive(word: str) -> float:
+    """An argument above 0."""
+    if not 0 < (value := float(word)) < math.inf:
+        raise ValueError
+    return value
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
     if words[:1] == ["score"]:
@@ -933,7 +974,14 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
         parser.add_argument("run_dir", type=Path, help="folder with train.py and checkpoint.pt")
         parser.add_argument("--split", choices=SPLITS, default="val", help="default: val")
         return parser.parse_args(words[1:])
-    parser = argparse.ArgumentParser(description="Prepares the data; `prepare.py score RUN_DIR` scores a run.")
+    if words[:1] == ["sample"]:
+        parser = argparse.ArgumentParser(prog="prepare.py sample", description="Text from a finished run.")
+        parser.add_argument("run_dir", type=Path, help="folder with train.py and checkpoint.pt, such as runs/TAG/best")
+        parser.add_argument("--prompt", default="", metavar="TEXT", help="what it starts with; default: a new document")
+        parser.add_argument("--tokens", type=int, default=200, metavar="N", help="at most; default: 200")
+        parser.add_argument("--temperature", type=positive, default=0.8, metavar="T", help="default: 0.8")
+        return parser.parse_args(words[1:])
+    parser = argparse.ArgumentParser(description="Prepares the data; `score RUN_DIR` and `sample RUN_DIR` use a run.")
     parser.add_argument("--dataset", help="builtin, climbmix, tinystories or a path; default: the preset's")
     parser.add_argument("--preset", choices=["auto", *PRESETS], default="auto", help="default: by hardware")
     parser.add_argument("--num-shards", type=int, default=10, metavar="N", help="training files to download (10)")
@@ -943,6 +991,8 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments(sys.argv[1:])
     try:
+        if "prompt" in args:
+            return sample(args.run_dir.resolve(), args.prompt, args.tokens, args.temperature)
         if "run_dir" in args:
             os._exit(score(args.run_dir.resolve(), args.split))  # what a model left to do at the exit is not done
         os.environ["AUTORESEARCH_CACHE"] = args.cache or str(cache_root())

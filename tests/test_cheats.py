@@ -274,7 +274,8 @@ def test_luck_is_not_confirmed(session, checkout, table):
     path = CHEATS / "machine" / "lucky_seed.py"
     text = path.read_text()
     result = agent.experiment(session, agent.Proposal("lucky", proposer="search"), text)
-    repeat = checkout.record()[-1]
+    repeat, of_best = checkout.record()[-2:]
+    assert (of_best.status, of_best.seed, of_best.parent) == ("verify", 43, session.best.commit)
     assert f"{result.status}, decision, {result.reason}" == about(path)["behind"] and session.best.id == "0001"
     assert (repeat.status, repeat.seed, repeat.val_bpb, repeat.parent) == ("verify", 43, 1.2, result.commit)
     row(table, path, guarded(text), result.status, result.reason, "decision", len(left_over(checkout.root)))
@@ -283,8 +284,8 @@ def test_luck_is_not_confirmed(session, checkout, table):
 def test_its_honest_twin_is_kept(session, checkout, table):
     text = (CHEATS / "machine" / "lucky_seed.py").read_text().replace("else 1.2", "else 0.9")
     result = agent.experiment(session, agent.Proposal("a big gain", proposer="search"), text)
-    assert (result.status, result.reason, session.best.id) == ("keep", "", "0002")
-    assert [(r.status, r.seed) for r in checkout.record()] == [("keep", 42), ("keep", 42), ("verify", 43)]
+    assert (result.status, result.reason, session.best.id) == ("keep", "confirmed, mean of 2 runs 0.900000", "0002")
+    assert [(r.status, r.seed) for r in checkout.record()] == [("keep", 42)] * 2 + [("verify", 43)] * 2
     assert checkout.text() == text
     table.append(("twin of lucky_seed", "honest", "-", "-", "keep, confirmed on another seed"))
 

@@ -63,9 +63,9 @@ def test_baseline_keep_tie_and_discard(checkout, server):
 
 def test_decide_is_strict():
     run = agent.Run("", "", 1.0, {}, "", "-")
-    assert agent.decide(run, agent.Score(val_bpb=1.0), 1.0) == ("discard", "")
-    assert agent.decide(run, agent.Score(val_bpb=math.nextafter(1.0, 0)), 1.0) == ("keep", "")
-    assert agent.decide(run, agent.Score(val_bpb=1.0), None) == ("keep", "")
+    assert agent.decide(run, agent.Score(1.0), 1.0) == ("discard", "")
+    assert agent.decide(run, agent.Score(math.nextafter(1.0, 0)), 1.0) == ("keep", "")
+    assert agent.decide(run, agent.Score(1.0), None) == ("keep", "")
     assert agent.decide(run, agent.Score(status="invalid", reason="looks ahead"), 1.0) == ("invalid", "looks ahead")
 
 

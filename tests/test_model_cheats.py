@@ -182,6 +182,6 @@ def test_a_trick_on_the_scorer_does_not_pay(session, path, table):
     status, reason = agent.decide(agent.Run("", "", 1.0, {}, "", "-"), score, 1.0)
     where = "nowhere" if status == "discard" else "scoring"
     assert (status, where) == (expected["verdict"], expected["where"]) and expected["words"] in reason, reason
-    assert score.val_bpb is None or score.val_bpb > 2
+    assert score.bpb is None or score.bpb > 2
     assert not list(folder.rglob("harm"))
-    table.append((path.stem, expected["property"], "guard", where, (reason or f"val_bpb {score.val_bpb:.4f}")[:60]))
+    table.append((path.stem, expected["property"], "guard", where, (reason or f"val_bpb {score.bpb:.4f}")[:60]))

@@ -204,7 +204,7 @@ def test_nothing_to_score_is_one_line(tmp_path, capsys, missing):
     with pytest.raises(SystemExit) as stopped:
         prepare.score(run_dir, "val")
     message = capsys.readouterr().err
-    assert stopped.value.code == 2 and message.startswith("Nothing to score") and message.count("\n") == 1
+    assert stopped.value.code == 2 and message.startswith("No run to load") and message.count("\n") == 1
 
 
 @pytest.mark.parametrize("forward, code", [("logits", 0), ("logits[:, 1:]", 3)])

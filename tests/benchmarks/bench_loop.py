@@ -57,7 +57,7 @@ def fill(checkout, upto: int) -> None:
     model = next(r for r in reversed(record) if r.status == "discard")
     for number in range(len(record) + 1, upto + 1):
         row = replace(model, id=f"{number:04d}", text_key=f"{number:016x}")
-        rows = agent.write_refs(s, [row], agent.write_tree(s, row.parent, checkout.text(), "brief"))
+        rows = agent.write_refs(s, [row], [agent.write_tree(s, row.parent, checkout.text(), "brief")])
         agent.append_rows(s.config, rows)
 
 

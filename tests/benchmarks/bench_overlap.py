@@ -214,7 +214,7 @@ def sample(s: agent.Session, server: Server, number: int, ahead: bool) -> Sample
     if run.status or score.status or ahead != (found is not None):
         sys.exit(f"a run did not go as planned: {run.reason or score.reason or 'no proposal came'}")
     agent.remove(folder)
-    return Sample(score.val_bpb, run.facts["steps"], run.facts["tokens"] / run.facts["training_seconds"], sum(answered))
+    return Sample(score.bpb, run.facts["steps"], run.facts["tokens"] / run.facts["training_seconds"], sum(answered))
 
 
 def show(name: str, values: list[float], form: str) -> None:

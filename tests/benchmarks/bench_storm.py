@@ -1101,7 +1101,7 @@ def checkout_in(folder: Path, disk: Path, own_disk: bool, cgroup: Path | None) -
     imports = "import hashlib\nimport os\nimport signal\nimport time\nfrom pathlib import Path\n\nimport prepare"
     text = checkout.text().replace("import prepare", imports).replace("def main():\n", SUFFER)
     text = text.replace("data.start(model)", "data.start(model)\n    held = suffer(NOTE)")
-    text = text.replace("steps=step, tokens=step * 1000)", f"steps={VOID_STEPS} if held else step)\n    enter(held)")
+    text = text.replace("steps=step, tokens=1_000_000)", f"steps={VOID_STEPS} if held else step)\n    enter(held)")
     (checkout.root / "train.py").write_text(text)
     (checkout.root / "program.md").write_text("Lower the number.\n" * 600)
     commit_all(checkout)

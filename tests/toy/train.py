@@ -27,7 +27,7 @@ def main():
         step += 1
         print(f"step {step} ({100 * data.progress():.1f}%) | loss {5 / step:.4f} | lr 1.00 | tok/s 1000", flush=True)
         data.rest()
-    prepare.finish(model, steps=step, tokens=step * 1000)
+    prepare.finish(model, steps=step, tokens=1_000_000)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,73 @@
+"""A real session whose ideas are known to help, to do nothing, or to harm: python tests/benchmarks/bench_gains.py
+
+The shipped train.py, spoiled in a few constants, in a temporary clone; a scripted model behind HTTP proposes to put them
+right, to change what changes nothing, and to spoil more. Prints every row, what was kept of which kind, the report, and
+what the verified model writes. Data: $AUTORESEARCH_CACHE, prepared if need be. About 20 runs of --budget seconds.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import agent  # noqa: E402
+from conftest import Server, commit_all, make_checkout, reply  # noqa: E402
+
+SPOILED = {"EMBED_LR": 0.1, "VALUE_LR": 0.1, "WARMDOWN": 0.1, "MOMENTUM_PEAK": 0.6}
+IDEAS = (   # kind, edit
+    ("harm", "SET MLP_RATIO = 0.5"),
+    ("help", "SET EMBED_LR = {EMBED_LR}"),
+    ("nothing", "SET ROPE_BASE = 10001.0"),
+    ("help", "SET WARMDOWN = {WARMDOWN}"),
+    ("harm", "SET SOFTCAP = 5.0"),
+    ("nothing", "SET ADAM_BETA2 = 0.9501"),
+    ("help", "SET VALUE_LR = {VALUE_LR}"),
+    ("harm", "SET MATRIX_LR = 0.2"),
+    ("nothing", "SET SOFTCAP = 15.001"),
+    ("help", "SET MOMENTUM_PEAK = {MOMENTUM_PEAK}"),
+)
+
+
+def spoil(text: str, preset: str) -> tuple[str, dict]:
+    """train.py with bad constants, and the good ones."""
+    good = {name: knob.value for name, knob in agent.knobs(text, preset).items() if name in SPOILED}
+    for name, value in SPOILED.items():
+        text = agent.apply_set(text, name, repr(value), preset)
+    return text, good
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--budget", type=float, default=20.0, metavar="S", help="seconds of training (20)")
+    p.add_argument("--confirm", default="auto", choices=("always", "auto", "never"))
+    args = p.parse_args()
+    os.environ.update(GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_SYSTEM=os.devnull)
+    cache = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
+    with tempfile.TemporaryDirectory() as folder:
+        checkout, server = make_checkout(Path(folder) / "clone", cache, source=ROOT), Server()
+        preset = agent.prepared_data(checkout.config()).preset
+        text, good = spoil(checkout.text(), preset)
+        (checkout.root / "train.py").write_text(text)
+        commit_all(checkout)
+        server.script = [reply(edit.format(**good), description=f"{kind}: {edit.format(**good)}") for kind, edit in IDEAS]
+        command = [sys.executable, "agent.py", "--time-budget", str(args.budget), "--experiments", str(1 + len(IDEAS)),
+                   "--verify", "--confirm", args.confirm, "--model", "tiny", "--tag", "known"]
+        subprocess.run(command, cwd=checkout.root, env=checkout.env(OPENAI_BASE_URL=server.url), check=True)
+        record = checkout.record()
+        kinds = [(r.description.split(":")[0], r.status) for r in record if r.proposer == "llm" and r.status != "verify"]
+        for kind in ("help", "nothing", "harm"):
+            found = Counter(status for which, status in kinds if which == kind)
+            print(f"ideas that {kind}: " + ", ".join(f"{count} {status}" for status, count in found.items()))
+        print((checkout.root / "runs" / "known" / "report.md").read_text())
+        command = [sys.executable, "prepare.py", "sample", "runs/known/best", "--prompt", "def main", "--tokens", "60"]
+        subprocess.run(command, cwd=checkout.root, env=checkout.env(AUTORESEARCH_CACHE="/nowhere"), check=True)
+
+
+if __name__ == "__main__":
+    main()
