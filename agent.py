@@ -66,7 +66,8 @@ NOISE = {"datacenter": (0.0006, 0.01), "consumer": (0.001, 0.01), "mac": (0.002,
 PRIOR_REPEATS = 2      # that the prior weighs as much as
 RARE_ROWS, RARE_SHARE = 36, 0.08 # keeps are rare when fewer than this share of so many experiments were kept
 SHORTER = 30           # tokens of Python, comments and docstrings aside, that make a train.py clearly shorter
-DRIFT_S, DRIFT_ROWS = 7200.0, 5  # after this long, or so many runs that are all faster or slower, the best runs again
+DRIFT_S, DRIFT_RUNS = 7200.0, 12 # after this long, and so many budgets, the best runs again
+DRIFT_ROWS = 5         # or after so many runs that were all faster or all slower
 BLOCKS = 20            # of held-out rows: neighbours are often of one document
 BUDGET_S = 300.0       # training time, from the hand-over of the tokens
 STARTUP_S = 900.0      # import, cold compile and warm-up, before the hand-over
@@ -257,6 +258,7 @@ class Score:
     bpb: float | None = None
     status: str = ""
     reason: str = ""
+    test_bpb: float | None = None    # where it was asked for too
 
 @dataclass(frozen=True)
 class Result:
@@ -288,7 +290,7 @@ class Result:
     budget_s: float
     text_key: str
     curve: str
-    bar: float | None = None         # what val_bpb had to be below; of a repeat, what its program was worth before
+    bar: float | None = None         # what val_bpb is compared with: the best's worth; a repeat's program's before
     test_bpb: float | None = None    # of a run of the final verification
 
     @property
@@ -358,7 +360,10 @@ class Session:
     gpu_base_mb: float = 0.0         # that a model's server on this machine uses
     llm: Endpoint = field(default_factory=Endpoint)
     tokens: int = 0                  # spent, but for what a copy of this session asks; see prefetch()
-    reserve_s: float = 0.0           # before the deadline, for the final verification
+    verify: bool = False             # whether it ends with a verification
+    reserve_s: float = 0.0           # before the deadline, for that
+    searching: bool = True           # and then no more
+    plan: list[tuple[Result, int]] | None = None          # what the verification has to run: programs, seeds
     waited_s: float = 0.0            # for the machine or the model
     full_said: float = -math.inf     # when it was said that the disk is full, of time.monotonic
     bwrap: str = ""                  # the program that makes the sandbox; empty: there is none
@@ -1029,9 +1034,12 @@ class Noise(NamedTuple):
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
+def has_score(r: Result) -> bool:
+    return bool(r.val_bpb) and r.status not in ("invalid", "crash")
+
 def runs_of(results: list[Result], program: Result) -> list[Result]:
-    """The scored runs of a result's train.py, oldest first: its own and the repeats."""
-    return [r for r in results if r.text_key == program.text_key and r.val_bpb and r.status not in ("invalid", "crash")]
+    """The scored runs of a result's train.py, oldest first: its own and the repeats, but for those that verify."""
+    return [r for r in results if r.text_key == program.text_key and has_score(r) and r.seed not in VERIFY_SEEDS]
 
 def is_as_fast(r: Result, other: Result) -> bool:
     """Whether two runs of one program saw as many tokens in their budget, but for what is usual."""
@@ -1039,9 +1047,9 @@ def is_as_fast(r: Result, other: Result) -> bool:
     return not (r.tokens_M and other.tokens_M) or abs(r.tokens_M / other.tokens_M - 1) <= usual
 
 def present_runs(results: list[Result], program: Result) -> list[Result]:
-    """The runs of a program that were as fast as its last one: the machine was as it is now."""
+    """The runs of a program that were as fast as its last one, one a seed: the machine was as it is now."""
     runs = runs_of(results, program)
-    return [r for r in runs if is_as_fast(r, runs[-1])]
+    return list({r.seed: r for r in runs if is_as_fast(r, runs[-1])}.values())
 
 def value_of(results: list[Result], program: Result) -> float:
     """What a program is worth: the mean over its present runs, not the luckiest."""
@@ -1049,19 +1057,18 @@ def value_of(results: list[Result], program: Result) -> float:
 
 def next_seed(results: list[Result], program: Result) -> int:
     """The seed of a program's next repeat: a new one, so that it tells of luck too."""
-    used = {r.seed for r in runs_of(results, program)}
+    used = {r.seed for r in results if r.text_key == program.text_key} | set(VERIFY_SEEDS)
     return next(seed for seed in itertools.count(CONFIRM_SEED) if seed not in used)
 
 def repeated(results: list[Result]) -> list[list[float]]:
     """val_bpb of each program that ran on several seeds, one for each of them."""
     found = defaultdict(dict)
-    for r in results:
-        for run in runs_of([r], r):
-            found[r.text_key][r.seed] = run.val_bpb
+    for r in filter(has_score, results):
+        found[r.text_key][r.seed] = r.val_bpb
     return [list(runs.values()) for runs in found.values() if len(runs) > 1]
 
 def unchosen(results: list[Result]) -> list[Result]:
-    """The runs on which no choice of the search hung, before a verification: a keep's own run was a lucky one."""
+    """The runs of a search that were not a candidate's first: keeps are those of which that one was low."""
     return [r for r in results if r.seed not in VERIFY_SEEDS and (r.seed != SEED or r.proposer == "baseline")]
 
 def squares(groups: list[list[float]]) -> tuple[float, int]:
@@ -1070,15 +1077,15 @@ def squares(groups: list[list[float]]) -> tuple[float, int]:
             sum(len(group) - 1 for group in groups))
 
 def noise_of(results: list[Result], preset: str) -> Noise:
-    """From all repeats so far, and the preset's prior."""
+    """From all repeats so far, and the preset's prior; a little high, as what is repeated was often low at first."""
     total, repeats = squares(repeated(results))
     prior = PRIOR_REPEATS * NOISE[preset][0] ** 2
     return Noise(math.sqrt((prior + total) / (PRIOR_REPEATS + repeats)), repeats)
 
 def keeps_are_rare(results: list[Result]) -> bool:
     """Whether a second run pays: early in a night of good ideas it costs more than a false keep."""
-    tried = [r for r in results if r.status != "verify" and r.proposer != "baseline"][-RARE_ROWS:]
-    return len(tried) == RARE_ROWS and sum(r.status == "keep" for r in tried) < RARE_SHARE * RARE_ROWS
+    last = [r for r in results if r.status != "verify" and r.proposer != "baseline"][-RARE_ROWS:]
+    return len(last) == RARE_ROWS and sum(r.status == "keep" for r in last) < RARE_SHARE * RARE_ROWS
 
 def is_too_good(val_bpb: float, value: float) -> bool:
     """Whether a gain is so large that its run may be a fluke or a fault."""
@@ -1099,19 +1106,19 @@ def doubt(mode: str, results: list[Result], best: Result, val_bpb: float, shorte
     return ""
 
 def after_repeat(runs: list[Result], value: float) -> tuple[str, str]:
-    """(status, reason) of a candidate that ran twice: kept if the mean is below what the best is worth.
+    """(status, reason) of a candidate that ran twice: kept if its mean is below what the best is worth.
 
-    After a first run that is too good to believe, the second must be below it by itself.
+    Of two runs of different speed only the second counts, as for the best. So it does after one too good to believe.
     """
     first, again = runs
     if not again.val_bpb:
         return "discard", f"not confirmed, seed {again.seed}: {again.reason}"
     if is_too_good(first.val_bpb, value) and again.val_bpb >= value:
         return "discard", f"not confirmed, seed {again.seed}: val_bpb {again.val_bpb:.6f}"
-    both = mean([first.val_bpb, again.val_bpb])
-    if both < value:
-        return "keep", f"confirmed, mean of 2 runs {both:.6f}"
-    return "discard", f"not confirmed, mean of 2 runs {both:.6f}, the best's {value:.6f}"
+    worth, count = value_of(runs, again), mean_of(len(present_runs(runs, again)))
+    if worth < value:
+        return "keep", f"confirmed, {count}: {worth:.6f}"
+    return "discard", f"not confirmed, {count}: {worth:.6f}, the best's {value:.6f}"
 
 def needs_repeat(results: list[Result], best: Result, runs: list[Result]) -> bool:
     """Whether the best must run again to be compared with a candidate's runs: it has one only, or the machine moved."""
@@ -1119,12 +1126,12 @@ def needs_repeat(results: list[Result], best: Result, runs: list[Result]) -> boo
 
 def drift(results: list[Result], best: Result, time_s: float) -> str:
     """Why the best must run again before it is compared with more candidates; empty if it need not. time_s: of now."""
-    last = runs_of(results, best)[-1]
+    last, usual = runs_of(results, best)[-1], NOISE[best.preset][1]
+    tried_s = time_s - max(seconds_of(r.time) for r in results if r.text_key == best.text_key)   # with a score or not
     later = [r for r in results[results.index(last) + 1:] if r.parent == best.commit and r.val_bpb and r.tokens_M]
     moved = [r.tokens_M / last.tokens_M - 1 for r in later if last.tokens_M][-DRIFT_ROWS:]
-    if time_s - seconds_of(last.time) > DRIFT_S:
-        return f"{(time_s - seconds_of(last.time)) / 3600:.1f} h after it ran"
-    usual = NOISE[best.preset][1]
+    if tried_s > max(DRIFT_S, DRIFT_RUNS * best.budget_s):
+        return f"{tried_s / 3600:.1f} h after it ran"
     if len(moved) == DRIFT_ROWS and (min(moved) > usual or max(moved) < -usual):
         return f"{DRIFT_ROWS} runs with {mean(moved):+.1%} tokens"
     return ""
@@ -1157,39 +1164,39 @@ def gain_of(best: list[float], base: list[float], others: list[list[float]], tex
     gain, off = mean(base) - mean(best), t_95(freedom) * math.sqrt(seeds + text)
     return Gain(gain, gain - off, gain + off)
 
-def text_sd(best: list, base: list, bytes: int) -> float:
+def text_sd(best: list, base: list, size: float) -> float:
     """The standard deviation of a gain in bits per byte over held-out text: of the differences, row by row.
 
-    best, base: arrays (rows,) of nats, one a run. Rows are taken in BLOCKS blocks of neighbours.
+    best, base: arrays (rows,) of nats, one a run. size: bytes of all rows. Rows go by BLOCKS blocks of neighbours.
     """
     import numpy as np
     blocks = [part.sum() for part in np.array_split(np.mean(base, axis=0) - np.mean(best, axis=0), BLOCKS)]
-    return float(np.std(blocks, ddof=1)) * math.sqrt(BLOCKS) / (math.log(2) * bytes)
+    return float(np.std(blocks, ddof=1)) * math.sqrt(BLOCKS) / (math.log(2) * size)
 
 class Verified(NamedTuple):
-    """What the final verification says of the best: on val, on test, and the gain that the search had seen."""
+    """What the final verification says of the best: on val, on test, the gain that the search had seen; its runs."""
     val: Gain
     test: Gain
     seen: float
-    seeds: int
+    runs: list[Result]
 
     def __str__(self) -> str:
+        shown = "" if self.test.low > 0 else "it is worse: " if self.test.high < 0 else "no gain is shown: "
         luck = self.seen - self.val.mean
-        share = f" ({100 * luck / self.seen:.0f} %)" if 0 < luck < self.seen else ""
-        lower = f"val_bpb is lower by {self.val}, on test rows that it never saw by {self.test}"
-        shown = lower if self.test.low > 0 else "no gain is shown: " + lower
-        return (f"On {self.seeds} seeds that the search never used, {shown}. The search had seen {self.seen:.4f}: "
-                f"{f'{luck:.4f} of it{share}' if luck > 0 else 'none of it'} was luck.")
+        share = "none of it" if luck <= 0 else "all of it" if luck >= self.seen else (
+            f"{luck:.4f} of it ({100 * luck / self.seen:.0f} %)")
+        seen = f"had seen {self.seen:.4f}: {share} was luck" if self.seen > 0 else "had seen none"
+        return (f"On {len(self.runs) // 2} seeds and on test rows that the search never used, {shown}bits per byte are "
+                f"lower by {self.test}; on the rows that it used, by {self.val}. The search {seen}.")
 
 def hindsight(results: list[Result]) -> list[Result]:
-    """The keeps whose gain, by all present runs of them and of what they started from, is within one standard error."""
+    """The keeps whose gain, by all runs of them and of what they started from, is within one standard error."""
     known, sd = {r.commit: r for r in results}, noise_of(results, results[0].preset).sd if results else 0.0
     found = []
     for r in results:
         if r.status == "keep" and r.parent in known:
-            runs, before = present_runs(results, r), present_runs(results, known[r.parent])
-            gain = mean([x.val_bpb for x in before]) - mean([x.val_bpb for x in runs])
-            found += [r] * (gain < sd * math.sqrt(1 / len(runs) + 1 / len(before)))
+            runs, before = ([run.val_bpb for run in runs_of(results, p)] for p in (r, known[r.parent]))
+            found += [r] * (mean(before) - mean(runs) < sd * math.sqrt(1 / len(runs) + 1 / len(before)))
     return found
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2510,7 +2517,7 @@ def request(s: Session, program: str) -> list[dict]:
     shown = shown[-3:] if s.llm.brief else shown
     diffs = "\n\n".join(f"{r.id} {r.status}: {r.description}\n{diff_of(s, r)}" for r in shown if diff_of(s, r))
     rows = "\n".join(f"{r.tag}/{result_line(r)}" for r in listed)
-    last = next((r for r in reversed(s.results) if r.status != RUNNING), None)
+    last = next((r for r in reversed(s.results) if r.status not in (RUNNING, "verify")), None)
     best = (f"experiment {s.best.id}, val_bpb {s.value:.6f}, {mean_of(len(present_runs(s.results, s.best)))}"
             if s.best else "not measured yet")
     parts = [f"# The brief (program.md)\n\n{program}",
@@ -2678,33 +2685,45 @@ def standing(results: list[Result], best: Result | None) -> str:
     return (f"best {value:.6f} ({best.id}{f', {mean_of(runs)}' * (runs > 1)}), "
             f"{value - value_of(results, base):+.6f} since the baseline; {counts(results)}")
 
-def verify_runs(runs: Path, results: list[Result]) -> dict[tuple[str, int], Result]:
-    """The runs of a final verification by program and seed, the last of each, where their scores by row are there."""
-    return {(r.text_key, r.seed): r for r in results if r.seed in VERIFY_SEEDS and r.val_bpb and r.test_bpb
-            and all((runs / r.id / f"{split}_rows.npy").exists() for split in SCORES)}
+def rows_of(runs: Path, r: Result, split: str):
+    """(nats of a run's held-out rows, their bytes in all); None where the files are not there or damaged."""
+    import numpy as np
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        nats = np.load(runs / r.id / f"{split}_rows.npy")
+        bytes_ = number(read_facts(runs / r.id / SCORES[split]), "bytes")
+        return (nats, bytes_) if nats.ndim == 1 and bytes_ > 0 else None
+    return None
 
-def verified(runs: Path, results: list[Result], best: Result) -> Verified | None:
+def verify_runs(runs: Path, results: list[Result]) -> dict[tuple[str, int], Result]:
+    """The runs of a final verification by program and seed, the last of each, whose scores by row are there."""
+    return {(r.text_key, r.seed): r for r in results if r.seed in VERIFY_SEEDS and has_score(r) and r.test_bpb
+            and all(rows_of(runs, r, split) for split in SCORES)}
+
+def verified(runs: Path, results: list[Result], best: Result | None) -> Verified | None:
     """What the final verification says of the best; None before there are two seeds of it and of the baseline."""
     base, done = baseline_of(results), verify_runs(runs, results)
-    seeds = [seed for seed in VERIFY_SEEDS if base and all((p.text_key, seed) in done for p in (best, base))]
-    if len(seeds) < 2 or best.text_key == base.text_key:
+    both = (best, base) if best and base and best.text_key != base.text_key else ()
+    seeds = [seed for seed in VERIFY_SEEDS if both and all((p.text_key, seed) in done for p in both)]
+    if len(seeds) < 2:
         return None
-    import numpy as np
-    pairs, gains = [[done[p.text_key, seed] for seed in seeds] for p in (best, base)], []
-    others = repeated(unchosen(results))
+    pairs, gains = [[done[p.text_key, seed] for seed in seeds] for p in both], []
     for split in SCORES:
-        rows = [[np.load(runs / r.id / f"{split}_rows.npy") for r in runs_] for runs_ in pairs]
-        sd = text_sd(*rows, number(read_facts(runs / pairs[0][0].id / SCORES[split]), "bytes"))
-        gains.append(gain_of(*([getattr(r, f"{split}_bpb") for r in runs_] for runs_ in pairs), others, sd))
-    return Verified(*gains, base.val_bpb - best.val_bpb, len(seeds))
+        nats = [[rows_of(runs, r, split)[0] for r in group] for group in pairs]
+        sd = text_sd(*nats, rows_of(runs, pairs[0][0], split)[1])
+        bpb = ([getattr(r, f"{split}_bpb") for r in group] for group in pairs)
+        gains.append(gain_of(*bpb, repeated(unchosen(results)), sd))
+    seen = value_of(results, base) - value_of(results, best)
+    return Verified(*gains, seen, [r for pair in zip(*pairs) for r in pair])
 
 def believed(runs: Path, results: list[Result], best: Result) -> str:
     """How far the numbers of a branch can be believed, in two lines: verified gain; noise, and keeps within it."""
-    found, noise = verified(runs, results, best), noise_of(results, best.preset)
+    base, noise = baseline_of(results), noise_of(results, best.preset)
+    nothing = "Nothing was kept: there is no gain." if base and base.text_key == best.text_key else ""
+    found = verified(runs, results, best) or nothing or "Not verified on fresh seeds (--verify)."
     doubtful = ", ".join(r.id for r in hindsight(results))
-    return f"{found or 'Not verified on fresh seeds.'}\n{noise}" + f"; keeps within it: {doubtful}" * bool(doubtful)
+    return f"{found}\n{noise}" + f"; keeps whose gain is within that of their runs: {doubtful}" * bool(doubtful)
 
-def draw(results: list[Result], path: Path) -> None:
+def draw(results: list[Result], path: Path, best: Result | None = None) -> None:
     """The progress picture: every score a dot, the running best a step line in its noise, keeps labelled."""
     from matplotlib.figure import Figure
     keeps = [r for r in results if r.status == "keep"]
@@ -2728,15 +2747,15 @@ def draw(results: list[Result], path: Path) -> None:
         axes.annotate(textwrap.shorten(r.description, 36, placeholder=" ..."), (int(r.id), r.val_bpb), xytext=(3, 7),
                       textcoords="offset points", rotation=40, rotation_mode="anchor", fontsize=8.5, color="#22633f",
                       parse_math=False)
-    found = verified(path.parent, results, keeps[-1])
-    gain = f"\nverified on {found.seeds} fresh seeds: lower by {found.val}, on test by {found.test}" if found else ""
+    found = verified(path.parent, results, best)
+    gain = f"\non fresh seeds lower by {found.val}, on test by {found.test}" if found else ""
     axes.set(xlabel="experiment", ylabel="val_bpb (lower is better)", ylim=(min(y) - 0.12 * room, top + 0.12 * room),
              title=f"{results[0].tag}: {len(results) - len(repeats)} experiments, {len(keeps) - 1} kept, {y[0]:.4f} to "
                    f"{y[-1]:.4f}{gain}")
     axes.margins(x=0.04)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper right", frameon=False, ncols=4)
+    figure.legend(loc="outside lower center", frameon=False, ncols=7)
     figure.savefig(path.with_suffix(".new.png"))
     os.replace(path.with_suffix(".new.png"), path)
 
@@ -2752,16 +2771,17 @@ def draw_best(axes, results: list[Result], x: list[float], y: list[float]) -> No
         axes.scatter([i for i, _ in points], [v for _, v in points], s=60, zorder=4, label=name, color=face,
                      edgecolor="white" if face != "white" else "#2a9d5c")
 
-def drawn(results: list[Result], path: Path) -> None:
+def drawn(results: list[Result], path: Path, best: Result | None) -> None:
     """Draw, where the disk has room for it."""
     with contextlib.suppress(OSError):
-        draw(results, path)
+        draw(results, path, best)
 
 def redraw(s: Session) -> None:
     """Begin to draw the picture anew, beside the start of a run, unless it is fresh."""
     if s.rows and time.monotonic() - s.drawn > DRAW_S:
         s.drawn = time.monotonic()
-        s.drawing = threading.Thread(target=drawn, args=(s.mine, s.runs / "progress.png"), daemon=True)
+        s.drawing = threading.Thread(target=drawn, args=(s.mine, s.runs / "progress.png", s.best),
+                                     daemon=True)
         s.drawing.start()
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2895,12 +2915,13 @@ def from_model(s: Session, program: str, messages: list[dict] | None = None) -> 
         fall_back(s, error)
         return None
 
-def attempt(s: Session, text: str, id: str, number: int = 0, seed: int = SEED) -> tuple[Run, Score, Path]:
-    """Train a text and score it in a fresh folder, again where the machine spoiled it. Raises OutOfTime."""
+def attempt(s: Session, text: str, id: str, number: int = 0, seed: int = SEED, test: bool = False
+            ) -> tuple[Run, Score, Path]:
+    """Train a text and score it, with test on test too, again where the machine spoiled it. Raises OutOfTime."""
     while True:
         wait_for_machine(s)
         try:
-            run, verdict, folder = attempt_once(s, text, id, number, seed)
+            run, verdict, folder = attempt_once(s, text, id, number, seed, test)
         except OSError as error:
             if not is_full(error):
                 raise
@@ -2913,20 +2934,24 @@ def attempt(s: Session, text: str, id: str, number: int = 0, seed: int = SEED) -
             raise OutOfTime(f"{why}, and no time is left to run it again")
         s.screen.say(f"      {why}; it is run again")
 
-def attempt_once(s: Session, text: str, id: str, number: int, seed: int) -> tuple[Run, Score, Path]:
+def attempt_once(s: Session, text: str, id: str, number: int, seed: int, test: bool = False
+                 ) -> tuple[Run, Score, Path]:
     """Train a text and score it in a fresh folder."""
     before = None if s.bwrap else outside(s)
     folder = fresh_folder(s, id, number, text)
     try:
         run = train(s, folder, text, seed)
         verdict = Score() if run.status else score(s, folder, text)
+        if test and verdict.bpb:
+            other = score(s, folder, text, "test")
+            verdict = other if other.status else replace(verdict, test_bpb=other.bpb)
     finally:
         remove(folder / "work")   # of a run that Ctrl-C has cut off, too
     if verdict.status:
         run = replace(run, log=log_tail(folder / "score.log"))
     if before is not None and (changed := before.items() ^ outside(s).items()):
         s.spoiled = f"changed {', '.join(sorted({name for name, _ in changed}))} outside its folder"
-        run = replace(run, status="invalid", reason=s.spoiled)
+        run, verdict = replace(run, status="invalid", reason=s.spoiled), Score()
     return run, verdict, folder
 
 def experiment(s: Session, proposal: Proposal, text: str) -> Result:
@@ -2947,37 +2972,46 @@ def experiment(s: Session, proposal: Proposal, text: str) -> Result:
 
 def confirmed(s: Session, first: Entry, why: str) -> list[Entry]:
     """A candidate's run, with its verdict after a repeat of it, and of the best where that has but one; and these."""
-    entries, row = [first], first.result
+    entries, row, id = [first], first.result, s.next_id
     s.screen.say(f"      {row.id}: val_bpb {row.val_bpb:.6f}, {why}; again on another seed")
     try:
-        again = repeat(s, row, first.text, f"{s.next_id + 1:04d}", CONFIRM_SEED, why)
-        entries.append(again)
-        if again.result.val_bpb and needs_repeat(s.results, s.best, [row, again.result]):
-            seed = next_seed(s.results, s.best)
-            entries.append(repeat(s, s.best, s.text, f"{s.next_id + 2:04d}", seed, why))
-        verdict = after_repeat([row, again.result], value_of([*s.results, *(e.result for e in entries[2:])], s.best))
+        entries.append(repeat(s, row, first.text, id + 1, CONFIRM_SEED, why))
+        runs = [row, entries[1].result]
+        if runs[1].val_bpb and needs_repeat(s.results, s.best, runs):
+            for entry in repeat_best(s, id + 2, why):
+                entries.append(entry)
+        verdict = after_repeat(runs, value_of([*s.results, *(e.result for e in entries[2:])], s.best))
     except OutOfTime:
         verdict = "discard", f"{why}, and no time to confirm it"
     return [first._replace(result=replace(row, status=verdict[0], reason=verdict[1])), *entries[1:]]
 
-def repeat(s: Session, program: Result, text: str, id: str, seed: int, why: str, test: bool = False) -> Entry:
+def repeat(s: Session, program: Result, text: str, id: int, seed: int, why: str, test: bool = False) -> Entry:
     """Run a program again on another seed: a row that changes nothing. test: scored on test too. Raises OutOfTime."""
     start, known = time.monotonic() - s.waited_s, s.results if program.commit else [program]
     if not enough_time(s):
         raise OutOfTime(f"no time is left to run {program.id} again")
     again = Proposal(f"repeat of {program.id}, seed {seed}: {why}", proposer=program.proposer, model=program.model)
-    s.screen.label = id, again.description
-    run, verdict, folder = attempt(s, text, id, seed=seed)
-    other = score(s, folder, text, "test") if test and verdict.bpb else Score()
-    reason = decide(run, verdict, None)[1] or other.reason
-    row = result_of(s, again, text, run, verdict, ("verify", reason), time.monotonic() - s.waited_s - start)
-    row = replace(row, id=id, seed=seed, parent=program.commit, bar=value_of(known, program), test_bpb=other.bpb)
+    s.screen.label = f"{id:04d}", again.description
+    run, verdict, folder = attempt(s, text, s.screen.label[0], seed=seed, test=test)
+    row = result_of(s, again, text, run, verdict, ("verify", decide(run, verdict, None)[1]),
+                    time.monotonic() - s.waited_s - start)
+    row = replace(row, id=f"{id:04d}", seed=seed, parent=program.commit, bar=value_of(known, program))
     return Entry(row, text, "", folder)
 
-def measure_best(s: Session, seed: int, why: str) -> Result:
+def repeat_best(s: Session, id: int, why: str) -> Iterator[Entry]:
+    """Run the best again; twice where the first was not as fast as before: one alone may have been disturbed."""
+    before = runs_of(s.results, s.best)[-1]
+    entry = repeat(s, s.best, s.text, id, next_seed(s.results, s.best), why)
+    yield entry
+    if entry.result.val_bpb and not is_as_fast(entry.result, before) and enough_time(s):
+        seed = next_seed([*s.results, entry.result], s.best)
+        yield repeat(s, s.best, s.text, id + 1, seed, "it was faster or slower than before")
+
+def measure_best(s: Session, why: str) -> Result:
     """Run the best again, record it, say what it is worth now. Raises OutOfTime."""
     before = s.value
-    row = record(s, [repeat(s, s.best, s.text, f"{s.next_id:04d}", seed, why)])
+    for entry in repeat_best(s, s.next_id, why):
+        row = record(s, [entry])
     if row.val_bpb:
         runs = mean_of(len(present_runs(s.results, s.best)))
         s.screen.say(f"      the best is worth {s.value:.6f} now, {runs}; before, {before:.6f}")
@@ -3016,7 +3050,7 @@ def result_of(s: Session, proposal: Proposal, text: str, run: Run, verdict: Scor
         model=proposal.model, expected=proposal.expected, seed=SEED, steps=int(steps) or None,
         tokens_M=tokens / 1e6 or None, train_s=run.train_s, wall_s=wall_s, llm_tokens=proposal.llm_tokens,
         preset=s.data.preset, fingerprint=s.data.fingerprint, device=s.device, budget_s=s.config.budget_s,
-        text_key=text_key(text), curve=run.curve, bar=s.value)
+        text_key=text_key(text), curve=run.curve, bar=s.value, test_bpb=verdict.test_bpb)
 
 def record(s: Session, entries: list[Entry]) -> Result:
     """Write an experiment and its repeats down: the refs, the rows, on a keep the branch and the checkout.
@@ -3101,7 +3135,7 @@ def check_machine(s: Session) -> None:
     """After some crashes in a row, run the best once more. Raises UserError where it crashes too: it is the machine."""
     s.screen.say(f"      {s.crashes} crashes in a row: the best is run again, to see whether it is the machine")
     s.crashes = 0
-    row = measure_best(s, SEED, f"after {CRASHES} crashes")
+    row = measure_best(s, f"after {CRASHES} crashes")
     if not row.val_bpb:
         raise UserError(f"{CRASHES} experiments crashed in a row, and now the best fails too ({row.reason}): it is the "
                         f"machine. See runs/{s.config.tag}/{row.id}/run.log, put it right, then start again")
@@ -3177,27 +3211,41 @@ def step(s: Session) -> None:
     if s.crashes >= CRASHES:
         check_machine(s)
     if (why := drift(s.results, s.best, time.time())) and enough_time(s, 2):
-        measure_best(s, next_seed(s.results, s.best), why)
+        measure_best(s, why)
     found = candidate(s)
     if follow_user(s):
         s.ready = found   # a baseline comes first
     elif enough_time(s):
         experiment(s, found.proposal, found.text)
 
+def next_turn(s: Session) -> Callable[[Session], None] | None:
+    """What comes next: a step of the search, then one of the verification, then nothing."""
+    if s.searching and (s.config.experiments is None or s.rows < s.config.experiments) and enough_time(s):
+        return step
+    s.searching, s.reserve_s = False, 0.0
+    if s.verify and s.best and s.plan is None:
+        s.plan = to_verify(s)
+    return verify_next if s.plan else None
+
 def loop(s: Session) -> None:
-    """Experiment until the deadline or the number of rows that was asked for."""
+    """Experiment until the deadline or the number of rows that was asked for, then verify."""
     errors = 0
-    while (s.config.experiments is None or s.rows < s.config.experiments) and enough_time(s):
-        rows = s.rows
+    while turn := next_turn(s):
+        rows = len(s.results)
         try:
             if errors:
                 mend(s, read_branch(s))   # as a start would
-            step(s)
+            turn(s)
             errors = 0
-        except (UserError, OutOfTime):
+        except OutOfTime as end:
+            s.screen.say(f"      {end}; no row")
+            if turn is verify_next:
+                break
+            s.searching = False
+        except UserError:
             raise
         except Exception as error:   # the one place that keeps the night going
-            errors = 1 if s.rows > rows else errors + 1
+            errors = 1 if len(s.results) > rows else errors + 1
             if is_full(error):
                 wait_for_room(s, error)
             else:
@@ -3205,6 +3253,8 @@ def loop(s: Session) -> None:
                 if errors >= ERRORS:
                     raise
                 pause(s, WAIT_S * ERRORS_APART ** (errors - 1), "waiting after an error")
+    if s.verify and s.best:
+        write_whole(s.runs / "report.md", report(s))
 
 def survive(s: Session, error: Exception) -> None:
     """Say an error that nobody expected in a line, and keep its traceback."""
@@ -3213,55 +3263,68 @@ def survive(s: Session, error: Exception) -> None:
     s.screen.say(f"      unexpected, in runs/{s.config.tag}/errors.log: {type(error).__name__}: "
                  f"{what_failed(error)}; going on")
 
-def wants_verification(config: Config) -> bool:
-    return config.verify if config.verify is not None else (config.hours or 0.0) >= VERIFY_HOURS
+def wants_verification(config: Config, resumed: bool) -> bool:
+    """Whether a session ends with a verification: as asked for, else where it leaves time for much else.
+
+    Raises UserError where it is asked for and cannot be.
+    """
+    runs = 2 * len(VERIFY_SEEDS)
+    least_s = (runs if resumed else runs + 2) * config.budget_s
+    if config.verify and not (config.hours or config.experiments):
+        raise UserError("--verify comes at the end of a session: give --hours or --experiments too")
+    if config.verify and config.hours and config.hours * 3600 < least_s:
+        raise UserError(f"--verify takes {runs} runs at the end: give --hours {least_s / 3600 + 0.1:.1f} or more, "
+                        f"or leave it out")
+    long = (config.hours or 0) >= VERIFY_HOURS and config.hours * 3600 >= 4 * runs * config.budget_s
+    return long if config.verify is None else config.verify
 
 def reserve_s(s: Session) -> float:
-    """Seconds before the deadline that belong to the final verification."""
-    if not wants_verification(s.config) or s.deadline == math.inf:
+    """Seconds before the deadline that belong to the verification: 0 before the baseline is measured."""
+    base = baseline_of(s.mine)
+    if not (s.verify and s.best and base) or s.deadline == math.inf:
         return 0.0
-    return len(to_verify(s)) * (s.config.budget_s + 2 * overhead_s(s) + 1)   # each is scored twice, and recorded
+    runs = len(to_verify(s)) if s.best.text_key != base.text_key else 2 * len(VERIFY_SEEDS)
+    compiling_s = max(0.0, base.wall_s - (base.train_s or 0.0) - overhead_s(s))   # the best's compiled code is kept
+    return runs * (s.config.budget_s + 2 * overhead_s(s) + compiling_s / 2 + 1)   # each is scored twice
 
 def to_verify(s: Session) -> list[tuple[Result, int]]:
-    """The runs that the final verification still needs, (program, seed): of each seed both programs or none."""
+    """The runs that the verification still needs: of each seed both programs or none, as the machine is the same."""
     base, done = baseline_of(s.mine), verify_runs(s.runs, s.mine)
-    seeds = [seed for seed in VERIFY_SEEDS if not all(p and (p.text_key, seed) in done for p in (s.best, base))]
+    if base is None or base.text_key == s.best.text_key:
+        return []
+    seeds = [seed for seed in VERIFY_SEEDS if not all((p.text_key, seed) in done for p in (s.best, base))]
     return [(program, seed) for seed in seeds for program in (s.best, base)]
 
-def verify(s: Session) -> None:
-    """Run best and baseline on seeds that no search used, while there is time; write the report. Raises OutOfTime."""
-    s.reserve_s = 0.0
-    if s.best.text_key == baseline_of(s.mine).text_key:
-        return s.screen.say("      nothing was kept: there is no gain to verify")
-    runs = to_verify(s)
-    try:
-        for i, (program, seed) in enumerate(runs):
-            text = file_at(s.config, program.commit, "train.py")
-            why = f"verification, {i + 1} of {len(runs)}"
-            record(s, [repeat(s, program, text, f"{s.next_id:04d}", seed, why, test=True)])
-    finally:
-        write_whole(s.runs / "report.md", report(s))
+def verify_next(s: Session) -> None:
+    """The next run of the verification, of best or baseline, on a seed that no search used. Raises OutOfTime."""
+    if follow_user(s):
+        s.plan = to_verify(s) if s.best else []
+        return
+    program, seed = s.plan[0]
+    text = file_at(s.config, program.commit, "train.py")
+    record(s, [repeat(s, program, text, s.next_id, seed, "verification", test=True)])
+    del s.plan[0]
 
 def report(s: Session) -> str:
     """What was verified, and from which runs, as runs/<tag>/report.md."""
-    base, rows = baseline_of(s.mine), [r for r in s.mine if r.seed in VERIFY_SEEDS]
+    found = verified(s.runs, s.mine, s.best)
     table = "\n".join(f"| {r.id} | {'best' if r.text_key == s.best.text_key else 'baseline'} | {r.seed} | "
                       f"{or_dash(r.val_bpb, '.6f')} | {or_dash(r.test_bpb, '.6f')} | {or_dash(r.tokens_M, '.2f')} |"
-                      for r in rows if r.text_key in (s.best.text_key, base.text_key))
+                      for r in (found.runs if found else ()))
     return f"""# {s.branch}
 
 {believed(s.runs, s.mine, s.best)}
 
-{standing(s.mine, s.best)}
+As the search saw it: {standing(s.mine, s.best)}
 
 | id | program | seed | val_bpb | test_bpb | tokens, M |
 |---|---|---|---|---|---|
 {table}
 
-Best: experiment {s.best.id}, {s.best.description}. Baseline: experiment {base.id}. Each run trained
-{s.config.budget_s:g} s on {s.device}, data {s.data.name} ({s.data.fingerprint[:12]}).
+Best: experiment {s.best.id}, {s.best.description}. Each run trained {s.config.budget_s:g} s on {s.device},
+data {s.data.name} ({s.data.fingerprint[:12]}).
 
-The intervals are over seeds and over held-out text. The former by these runs and what else ran on several seeds, the
+The intervals are over seeds and over held-out text: the former by these runs and what else ran on several seeds, the
 latter by the differences row by row, in {BLOCKS} blocks of neighbours.
 `best/` holds the search's own run of the best: checkpoint, tokenizer and train.py.
 """
@@ -3274,12 +3337,12 @@ def closing(s: Session) -> str:
     gain = s.best.val_bpb - base.val_bpb
     limit = f" of {s.config.max_llm_tokens:,}" if s.config.max_llm_tokens else ""
     lines = [f"{s.rows} rows in this session; {s.branch}: {counts(s.mine)}",
-             f"val_bpb {base.val_bpb:.6f} -> {s.best.val_bpb:.6f} ({gain:+.6f}, {gain / base.val_bpb:+.2%})",
+             f"val_bpb {base.val_bpb:.6f} -> {s.best.val_bpb:.6f} ({gain:+.6f}, {gain / base.val_bpb:+.2%}), one seed",
              believed(s.runs, s.mine, s.best),
              f"rows: results.tsv   picture: runs/{s.config.tag}/progress.png   checkpoint: runs/{s.config.tag}/best/"]
     if s.llm.tokens:
         lines.insert(1, f"{s.llm.tokens:,}{limit} tokens spent on {s.llm.model}")
-    if gain < 0:
+    if s.best.text_key != base.text_key:
         lines.append(f"to have it: git checkout YOUR-BRANCH && git merge {s.branch}   (or pick: git log {s.branch})")
     return "\n".join(lines)
 
@@ -3287,11 +3350,9 @@ def opened(config: Config, screen: Screen) -> tuple[Session, bool]:
     """A session on this checkout, and whether its branch is there already. Raises UserError."""
     check_checkout(config)
     tag, resumed = choose_tag(config)
+    verify = wants_verification(config, resumed)
     if config.hours and config.hours * 3600 < config.budget_s:
         raise UserError(f"--hours {config.hours:g} is shorter than one run of {config.budget_s:g} s")
-    if config.hours and config.verify and config.hours * 3600 < 2 * len(VERIFY_SEEDS) * config.budget_s:
-        raise UserError(f"--verify ends with {2 * len(VERIFY_SEEDS)} runs of {config.budget_s:g} s: give more --hours, "
-                        f"or leave it out")
     if shutil.disk_usage(config.root).free < config.needed_bytes:
         need = f"{config.needed_bytes / 2**30:.2f} GB"
         raise UserError(f"less than {need} are free on the disk of {config.root}: make room first")
@@ -3299,7 +3360,7 @@ def opened(config: Config, screen: Screen) -> tuple[Session, bool]:
         screen.deadline = time.monotonic() + config.hours * 3600
     data = prepared_data(config)
     s = Session(replace(config, tag=tag), data, device_name(data.preset), screen, screen.deadline)
-    s.git_dir = Path(git(config, "rev-parse", "--absolute-git-dir"))
+    s.git_dir, s.verify = Path(git(config, "rev-parse", "--absolute-git-dir")), verify
     return s, resumed
 
 def session(config: Config) -> int:
@@ -3309,14 +3370,9 @@ def session(config: Config) -> int:
     with locked(s), screen:
         try:
             begin(s, resumed)
-            try:
-                loop(s)
-            except OutOfTime as end:
-                screen.say(f"      {end}; no row")
-            if s.best and wants_verification(config):
-                verify(s)
+            loop(s)
         except OutOfTime as end:
-            screen.say(f"      {end}")
+            screen.say(f"      {end}; no row")
         except UserError as error:
             screen.keep(str(error))
             raise
@@ -3325,10 +3381,10 @@ def session(config: Config) -> int:
             return 130
         finally:
             end_spares(s)
-            if s.rows or s.best and wants_verification(config):
+            if s.rows or s.verify:
                 if s.drawing:
                     s.drawing.join()
-                drawn(s.mine, s.runs / "progress.png")
+                drawn(s.mine, s.runs / "progress.png", s.best)
                 screen.say(closing(s))
     return 0
 

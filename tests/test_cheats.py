@@ -284,7 +284,7 @@ def test_luck_is_not_confirmed(session, checkout, table):
 def test_its_honest_twin_is_kept(session, checkout, table):
     text = (CHEATS / "machine" / "lucky_seed.py").read_text().replace("else 1.2", "else 0.9")
     result = agent.experiment(session, agent.Proposal("a big gain", proposer="search"), text)
-    assert (result.status, result.reason, session.best.id) == ("keep", "confirmed, mean of 2 runs 0.900000", "0002")
+    assert (result.status, result.reason, session.best.id) == ("keep", "confirmed, mean of 2 runs: 0.900000", "0002")
     assert [(r.status, r.seed) for r in checkout.record()] == [("keep", 42)] * 2 + [("verify", 43)] * 2
     assert checkout.text() == text
     table.append(("twin of lucky_seed", "honest", "-", "-", "keep, confirmed on another seed"))

@@ -94,7 +94,7 @@ def test_a_session_on_real_training(real, server):
         "            return super().forward(idx) + 20.0 * F.one_hot(idx.roll(-1, 1), vocab_size)\n"
         "    return Leak(vocab_size, seq_len, sizes())\n>>>>>>> REPLACE"
     )
-    server.script += [reply(f"SET DEPTH = 1\n{block}", description="one block"), reply(leak, description="peek")]
+    server.script += [reply(f"SET DEPTH = 3\n{block}", description="three blocks"), reply(leak, description="peek")]
     done = real.run("--experiments", "3", "--time-budget", "2", PATH=real.path, OPENAI_BASE_URL=server.url)
     assert done.returncode == 0, done.stdout + done.stderr
     base, small, *_, peek = real.record()   # a gain of over 5 % is run once more
@@ -106,6 +106,9 @@ def test_a_session_on_real_training(real, server):
     assert f"{base.val_bpb:.6f}" in summary and not (runs / "0001" / "checkpoint.pt").exists()
     best = min((base, small), key=lambda r: r.val_bpb)
     assert score_again(real, runs / "best") == pytest.approx(best.val_bpb, abs=1e-6)
+    words = [sys.executable, "prepare.py", "sample", f"runs/{base.tag}/best", "--prompt", "def f", "--tokens", "5"]
+    done = subprocess.run(words, cwd=real.root, env=real.env(AUTORESEARCH_CACHE="/nowhere"), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("def f"), done.stderr
     log = (real.root / "runs" / base.tag / "0002" / "run.log").read_text()
-    assert small.status in ("keep", "discard") and "hello from the edit" in log and "1 blocks" in log
+    assert small.status in ("keep", "discard") and "hello from the edit" in log and "3 blocks" in log
     assert peek.status == "invalid" and "looks ahead" in peek.reason and peek.train_s is None

@@ -249,11 +249,12 @@ def test_what_a_repair_has_tried_meanwhile_is_dropped(checkout, server, capsys):
 def test_a_confirmation_that_takes_its_id_moves_the_exchange(checkout, server):
     ahead(checkout, server, scored(0.5), sets("RATE = 0.5", description="the next"), sets("RATE = 0.6"))
     assert [(r.id, r.status, r.proposer) for r in checkout.record()] == [
-        ("0001", "keep", "baseline"), ("0002", "keep", "llm"), ("0003", "verify", "llm"), ("0004", "discard", "llm"),
-        ("0005", "discard", "llm")]
-    assert "Propose experiment 0003" in server.asked(1) and "Propose experiment 0005" in server.asked(2)
-    assert not exchange(checkout, "0003") and "DESCRIPTION: the next" in exchange(checkout, "0004")
-    assert [row["description"] for row in checkout.rows()][3] == "the next" and spent(checkout) == [100, None, 100, 100]
+        ("0001", "keep", "baseline"), ("0002", "keep", "llm"), ("0003", "verify", "llm"), ("0004", "verify", "baseline"),
+        ("0005", "discard", "llm"), ("0006", "discard", "llm")]
+    assert "Propose experiment 0003" in server.asked(1) and "Propose experiment 0006" in server.asked(2)
+    assert not exchange(checkout, "0003") and "DESCRIPTION: the next" in exchange(checkout, "0005")
+    assert [row["description"] for row in checkout.rows()][4] == "the next"
+    assert spent(checkout) == [100, None, None, 100, 100]
 
 
 def after_the_commit(checkout):

@@ -221,6 +221,49 @@ def test_the_scored_file_imports_the_scorer_itself_and_leaves_it_nothing_to_do_a
 
 
 # ---------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------
+
+
+def sure_of(run_dir: Path, next_token: dict[int, int]) -> None:
+    """Give a run weights that leave no choice after those tokens."""
+    table = torch.load(run_dir / "checkpoint.pt")["table.weight"]
+    for token, following in next_token.items():
+        table[token] = -1e4
+        table[token, following] = 0.0
+    torch.save({"table.weight": table}, run_dir / "checkpoint.pt")
+
+
+def test_a_model_goes_on_with_the_prompt_wherever_its_folder_is(tmp_path):
+    run_dir, (folder, meta) = make_run(tmp_path / "run"), prepare.current()
+    for name in ("meta.json", "tokenizer.json"):
+        shutil.copy(folder / name, run_dir)
+    encoding, last = prepare.load_tokenizer(folder), meta["vocab_size"] - 4
+    chain = [encoding.encode_single_token(bytes([byte])) for byte in "a火b".encode()]   # a letter of three tokens
+    prompt = "b" * 5 + "a"
+    sure_of(run_dir, {**dict(zip(chain, chain[1:])), chain[-1]: last})
+    sure_of(run_dir, {encoding.encode_ordinary(prompt)[-1]: chain[1]})
+    command = PREPARE, "sample", run_dir, "--prompt", prompt
+    done = run_python(*command, cwd=tmp_path, AUTORESEARCH_CACHE="/nowhere")
+    assert (done.returncode, done.stdout) == (0, f"{prompt}火b\n"), done.stderr
+    assert run_python(*command, "--tokens", "2").stdout == f"{prompt}\ufffd\n"   # in the middle of the letter
+
+
+def test_a_long_text_is_continued_from_its_end(tmp_path):
+    run_dir, encoding = make_run(tmp_path / "run"), prepare.load_tokenizer(prepare.current()[0])
+    a, b = (encoding.encode_single_token(letter) for letter in (b"a", b"b"))
+    sure_of(run_dir, {a: b, b: a})
+    done = run_python(PREPARE, "sample", run_dir, "--prompt", "a", "--tokens", "600")
+    assert done.stdout == "a" + "ba" * 300 + "\n"
+
+
+@pytest.mark.parametrize("words", [["--temperature", "0"], ["--temperature", "nan"], ["--tokens", "many"], []])
+def test_what_cannot_be_sampled_is_said(tmp_path, words):
+    done = run_python(PREPARE, "sample", tmp_path / "none", *words)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
+
+
+# ---------------------------------------------------------------------------
 # Probes
 # ---------------------------------------------------------------------------
 

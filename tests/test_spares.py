@@ -73,9 +73,10 @@ def test_a_run_that_confirms_gets_the_other_seed(torch_checkout, server):
         "0001": ("0001/work", "42"),
         "0002": ("spare-train", "42"),
         "0003": ("spare-train", "43"),
-        "0004": ("spare-train", "42"),
+        "0004": ("spare-train", "43"),   # the best's
+        "0005": ("spare-train", "42"),
     }
-    assert [r.status for r in torch_checkout.record()] == ["keep", "keep", "verify", "discard"]
+    assert [r.status for r in torch_checkout.record()] == ["keep", "keep", "verify", "verify", "discard"]
 
 
 def test_they_stand_still_while_the_tokens_are_out(torch_checkout):
@@ -160,7 +161,7 @@ def test_one_that_has_an_old_prepare_py_is_not_used(torch_checkout):
 
     def replaced(*_):
         if ids := [*(torch_checkout.root / "runs").glob("*/0002/run.log")]:
-            line = "def score(folder):\n"
+            line = "def score(folder, split):\n"
             path.with_suffix(".new").write_text(path.read_text().replace(line, f"{line}    print('the new file')\n"))
             os.replace(path.with_suffix(".new"), path)
             done.set()

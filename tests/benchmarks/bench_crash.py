@@ -45,7 +45,8 @@ COLUMNS = ("commit val_bpb memory_gb status description id time tag parent propo
 SAME = {"status": "Status", "id": "Id", "time": "Time", "tag": "Tag", "proposer": "Proposer", "seed": "Seed",
         "steps": "Steps", "llm_tokens": "Llm-Tokens"}   # columns that hold a trailer as it is
 ORDINARY = re.compile(   # lines of a session that say nothing of a mending
-    r"\d{4}  |      |NO SANDBOX|autoresearch/\S+: preset|[\d,]+ (rows|tokens) |val_bpb |rows: |to have it: ")
+    r"\d{4}  |      |NO SANDBOX|autoresearch/\S+: preset|[\d,]+ (rows|tokens) |val_bpb |rows: |to have it: |"
+    r"Not verified|Nothing was kept|On \d seeds|noise of a seed ")
 UNREADABLE = subprocess.CalledProcessError, KeyError, ValueError   # what reading odd refs, rows or texts raises
 LOST, TWICE, HALF, OTHER = "lost", "counted twice", "half a line", "other"   # kinds of faults
 
@@ -189,7 +190,7 @@ def new_tag(ground: Ground) -> None:
 
 
 def too_good(request: dict) -> tuple[int, dict]:
-    """A reply whose score must be confirmed on another seed: a keep and a `verify` row at once."""
+    """A reply whose score must be confirmed on another seed: a keep and `verify` rows at once."""
     asked = "".join(message["content"] for message in request["messages"])
     scale = float(re.findall(r"^SCALE = ([\d.]+)", asked, re.M)[0])
     return 200, completion(reply(f"SET SCALE = {0.93 * scale - random.random() / 1e4:.8f}"), len(asked) // 4)
@@ -475,18 +476,22 @@ def cell_faults(row: dict[str, str], e: Experiment) -> Iterator[Fault]:
 
 
 def chain_faults(ground: Ground) -> Iterator[Fault]:
-    """Each experiment stands upon the best of its time, and every keep is better than the one before."""
-    best = before = None
+    """Each experiment stands upon the best of its time, a repeat upon what it repeats; keeps become better."""
+    best, programs = None, {}
     for e in experiments(ground, ground.tag):
-        verify = e.trailers["Status"] == "verify"
-        wanted = ground.start if best is None else before.commit if verify else best.commit
+        if e.trailers["Status"] == "verify":
+            if programs.get(e.parent) != e.trailers["Text-Key"]:
+                yield OTHER, f"{e.ref} (verify) has the parent {e.parent[:7]}, which is not what it repeats"
+            continue
+        programs[e.commit] = e.trailers["Text-Key"]
+        wanted = ground.start if best is None else best.commit
         if e.parent != wanted:
             yield OTHER, f"{e.ref} ({e.trailers['Status']}) has the parent {e.parent[:7]}, not {wanted[:7]}"
         if e.baseline != (best is None):
             yield TWICE, f"{e.ref} is proposed by {e.trailers['Proposer']}"
         if e.kept and best and float(e.trailers["Val-Bpb"]) >= float(best.trailers["Val-Bpb"]):
             yield OTHER, f"{e.ref} is a keep and no better than {best.id}"
-        best, before = (e if e.kept else best), e
+        best = e if e.kept else best
 
 
 def checkout_faults(ground: Ground) -> Iterator[Fault]:

@@ -5,7 +5,7 @@ the cycle is timed from row to row of its output. Goal: with the next proposal a
 budget leaves at least 97 % of the rate without any. About 7 minutes.
 
 --same: the shipped train.py, one seed, the cpu preset, with and without a request in the background, by turns; the data
-come from $AUTORESEARCH_CACHE.
+come from $AUTORESEARCH_CACHE. With --steps N each run does N steps, however fast: the scores must then be identical.
 """
 
 import argparse
@@ -167,10 +167,21 @@ class Sample(NamedTuple):
     replies: int
 
 
-def session_of(folder: Path, server: Server, budget_s: float) -> agent.Session:
-    """A session on a clone of this checkout's files whose best is the unchanged train.py, its compile cache warm."""
+BY_STEPS = (("while not data.expired():", "while log.step < {0}:"), ("data.progress())", "log.step / {0})"))
+
+
+def session_of(folder: Path, server: Server, budget_s: float, steps: int | None = None) -> agent.Session:
+    """A session on a clone of this checkout's files whose best is the shipped train.py, its compile cache warm.
+
+    steps: that a run does, whatever the time.
+    """
     cache = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
     checkout = make_checkout(folder / "real", cache.resolve(), source=ROOT)
+    text = checkout.text()
+    for old, new in BY_STEPS if steps else ():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new.format(steps))
+    (checkout.root / "train.py").write_text(text)
     commit_all(checkout)
     more = {"sandbox": "auto", "startup_s": agent.STARTUP_S, "outage_s": agent.REPLY_S}
     config = checkout.config(proposer="llm", base_url=server.url, model="tiny", budget_s=budget_s, **more)
@@ -235,14 +246,14 @@ def compare(name: str, off: list[float], on: list[float], form: str) -> None:
           f"{verdict} the repeat noise (95 %: {limit:{form}})")
 
 
-def same(budget_s: float, pairs: int) -> None:
+def same(budget_s: float, pairs: int, steps: int | None) -> None:
     """Print every run of one text and seed with and without asking ahead, and how they compare."""
     os.environ.update(GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_SYSTEM=os.devnull)
     server, runs = Server(), {False: [], True: []}
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
-            s = session_of(Path(folder), server, budget_s)
-        print(f"{budget_s:g} s of training, seed {agent.SEED}")
+            s = session_of(Path(folder), server, budget_s, steps)
+        print(f"{f'{steps} steps' if steps else f'{budget_s:g} s'} of training, seed {agent.SEED}")
         print("ahead  val_bpb    steps   tokens/s   replies while it trained")
         for number in range(2 * pairs):
             ahead = number % 4 in (1, 2)   # off on, on off, off on
@@ -269,9 +280,10 @@ def main() -> None:
     p.add_argument("--overhead", type=float, metavar="S", help="seconds outside training of the preset to compute for")
     p.add_argument("--same", action="store_true", help="compare scores of the shipped train.py instead")
     p.add_argument("--pairs", type=int, default=4, metavar="N", help="of runs with --same")
+    p.add_argument("--steps", type=int, metavar="N", help="with --same, steps of each run, within the budget")
     args = p.parse_args()
     if args.same:
-        same(args.budget or 30.0, args.pairs)
+        same(args.budget or 30.0, args.pairs, args.steps)
     else:
         rates(args.budget or 5.0, args.rows, args.overhead)
 
