@@ -239,6 +239,7 @@ def row(table, path, refusal, status, reason, where, alive):
     table.append((path.stem, about(path)["property"], "guard" if refusal else where, where, verdict))
 
 
+@pytest.mark.slow
 @linux
 def test_a_run_that_takes_its_log_away_ends_like_any_other(victim):
     found = victim.run(victim.session("off"), victim.text(CHEATS / "machine" / "replace_log.py"))
@@ -349,7 +350,7 @@ def test_a_required_sandbox_that_cannot_be_had_ends_the_session(checkout, monkey
     assert checkout.record() == []
 
 
-@pytest.mark.parametrize("broken", [[], ["/bin/false"]])
+@pytest.mark.parametrize("broken", [[], pytest.param(["/bin/false"], marks=pytest.mark.slow)])
 def test_without_a_sandbox_the_session_says_so_loudly_and_goes_on(checkout, monkeypatch, capsys, broken):
     monkeypatch.setattr(agent, "bubblewraps", lambda: broken)
     assert checkout.session(experiments=1, sandbox="auto") == 0
@@ -383,7 +384,8 @@ def test_a_sandbox_that_leaks_is_refused(checkout, sandbox, monkeypatch, hole, l
     assert checkout.record() == []
 
 
-@pytest.mark.parametrize("cache", ["home/.cache/autoresearch", "home/checkout/cache", "cache"])
+@pytest.mark.parametrize("cache", ["home/checkout/cache", *(pytest.param(place, marks=pytest.mark.slow)
+                                                            for place in ("home/.cache/autoresearch", "cache"))])
 def test_the_sandbox_works_wherever_checkout_and_cache_are(tmp_path, monkeypatch, sandbox, cache):
     """In the home folder, the cache in the checkout, all of it under /tmp, and an environment in the checkout."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -10,6 +10,7 @@ import time
 
 import pytest
 from conftest import DRAW, reply
+from test_loop import slow
 
 import agent
 
@@ -91,12 +92,14 @@ def test_a_url_without_http_is_explained(checkout, url):
     assert done.returncode == 2 and "http://localhost:8000/v1" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_page_instead_of_an_endpoint_is_exit_2(checkout, server):
     server.models = None
     done = checkout.run(OPENAI_BASE_URL=server.url.removesuffix("/v1"))
     assert done.returncode == 2 and "Traceback" not in done.stderr and "--proposer search" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_only_model_of_an_endpoint_is_taken(checkout, server):
     server.script += [reply("SET RATE = 2.0")]
     assert checkout.run("--experiments", "2", OPENAI_BASE_URL=server.url).returncode == 0
@@ -110,12 +113,7 @@ def test_several_models_are_named(checkout, server):
 
 
 @pytest.mark.parametrize(
-    "number, when",
-    [
-        (signal.SIGINT, "training"),
-        pytest.param(signal.SIGTERM, "training", marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, "asking", marks=pytest.mark.slow),
-    ],
+    "number, when", [(signal.SIGINT, "training"), slow(signal.SIGTERM, "training"), slow(signal.SIGINT, "asking")]
 )
 def test_ctrl_c_ends_cleanly(checkout, server, number, when):
     """Exit 130 within ten seconds, the children gone, every row whole."""
@@ -192,6 +190,7 @@ def test_status_works_any_time(checkout):
     assert "0001  keep" in checkout.run("--status").stdout
 
 
+@pytest.mark.slow
 def test_ask_prints_request_and_reply_and_changes_nothing(checkout, server):
     server.script += [reply("SET RATE = 2.0", description="faster"), reply("SET NO = 1")]
     shown = checkout.run("--ask", OPENAI_BASE_URL=server.url)
@@ -203,6 +202,7 @@ def test_ask_prints_request_and_reply_and_changes_nothing(checkout, server):
     )
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_does_not_end_the_session(checkout):
     process = subprocess.Popen(
         checkout.command("--proposer", "search", "--experiments", "4"),

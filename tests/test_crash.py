@@ -126,6 +126,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 def test_a_sound_session_has_no_fault(ground):
     assert bench_crash.audit(ground) == [] and list(bench_crash.faults_at_any_instant(ground)) == []
     assert bench_crash.undone(ground) == bench_crash.begun(ground) == []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, commit_all, make_checkout, reply
+from test_loop import slow
 
 import agent
 
@@ -73,7 +74,7 @@ SUMMARY = (
 )
 
 
-@pytest.mark.parametrize("preset", ["cpu", "mac", "consumer", "datacenter"])
+@pytest.mark.parametrize("preset", ["cpu", slow("mac"), slow("consumer"), slow("datacenter")])
 def test_search_steps_apply_to_the_real_file(preset):
     text = (ROOT / "train.py").read_text()
     for i in range(6):

@@ -303,7 +303,7 @@ def test_a_redirect_to_a_page_at_the_start_ends_at_once(checkout, rough):
     assert len(rough.asked) == 1
 
 
-@pytest.mark.parametrize("how", ["refused", "reset", "no such host"])
+@pytest.mark.parametrize("how", ["refused", "reset", pytest.param("no such host", marks=slow)])
 def test_a_server_that_cannot_be_reached_is_tried_for_a_while_at_the_start(checkout, rough, how):
     """min(5, outage_s) seconds, here 1, then exit 2."""
     rough.after, url = resets, rough.url
@@ -334,10 +334,10 @@ ADD_A_CARD = ("Rate limit reached on requests per min. Please try again in 20s. 
     "step",
     [
         answers(429, error(ADD_A_CARD, "rate_limit_exceeded")),
-        answers(529, error("overloaded")),
+        pytest.param(answers(529, error("overloaded")), marks=slow),
         *(pytest.param(answers(status, error("busy")), marks=slow) for status in (429, 500, 502, 503)),
         answers(200, error("upstream is gone", 502)),
-        answers(200, {"choices": []}),
+        pytest.param(answers(200, {"choices": []}), marks=slow),
     ],
     ids=["429 that advertises", "529", "429", "500", "502", "503", "502 in a 200", "no choices"],
 )
@@ -363,9 +363,8 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize(
-    "names", [list(PASSING)[:3], pytest.param(list(PASSING)[3:], marks=slow)], ids=["no answer", "odd answer"]
-)
+@slow
+@pytest.mark.parametrize("names", [list(PASSING)[:3], list(PASSING)[3:]], ids=["no answer", "odd answer"])
 def test_troubles_in_mid_session_are_waited_out(checkout, rough, capsys, names):
     """Each meets the request after an unusable reply."""
     rough.script = ["nothing"]
@@ -452,8 +451,8 @@ def test_after_such_a_retry_after_the_model_is_asked_again(checkout, rough, caps
     "hang",
     [
         drips,
-        stalls,
-        drips_headers,
+        pytest.param(stalls, marks=slow),
+        pytest.param(drips_headers, marks=slow),
         pytest.param(drips_an_error, marks=slow),
         pytest.param(silent, marks=slow),
     ],
@@ -546,13 +545,14 @@ def test_the_background_request_is_small_and_delays_nothing(checkout, rough):
     assert all(gap > 0.8 for gap in gaps(rough.background))
 
 
+@slow
 @pytest.mark.parametrize(
     "step",
     [
         answers(401, error("key revoked")),
-        pytest.param(answers(429, error("key revoked", "insufficient_quota")), marks=slow),
-        pytest.param(answers(402, error("key revoked")), marks=slow),
-        pytest.param(answers(403, error("key revoked")), marks=slow),
+        answers(429, error("key revoked", "insufficient_quota")),
+        answers(402, error("key revoked")),
+        answers(403, error("key revoked")),
     ],
     ids=["401", "quota", "402", "403"],
 )
@@ -728,6 +728,7 @@ def test_tokens_are_estimated_where_the_server_does_not_count(checkout, rough):
 # The budget for tokens, the record of exchanges, the key
 
 
+@slow
 def test_the_budget_for_tokens_ends_the_asking(checkout, rough, capsys):
     rough.after, rough.short = ideas(), ["OK"]
     run(checkout, rough, experiments=5, max_llm_tokens=1000, outage_s=0.3)
@@ -831,7 +832,7 @@ def command(checkout, rough, *args, **env):
     "step, number",
     [
         (answers(429, error("busy"), Retry_After="60"), signal.SIGINT),
-        (silent, signal.SIGINT),
+        pytest.param(silent, signal.SIGINT, marks=slow),
         pytest.param(drips, signal.SIGTERM, marks=slow),
     ],
     ids=["Retry-After", "silent", "drips"],
@@ -854,6 +855,7 @@ def test_a_server_that_never_answers_does_not_hold_the_deadline(checkout, rough,
     assert 2 < time.monotonic() - began < 6 and len(rough.asked) == 2 - first
 
 
+@slow
 def test_an_outage_during_a_repair_is_waited_out_once(checkout, rough):
     """The next experiment is the search's at once, and no second repair is asked for."""
     crash = reply("<<<<<<< SEARCH\n    step = 0\n=======\n    raise TypeError('no')\n>>>>>>> REPLACE")

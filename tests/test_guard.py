@@ -452,7 +452,14 @@ class Timer:
 }
 
 
-@pytest.mark.parametrize("name", HONEST)
+# Numbers alone, as the shorter window too
+NUMBERS = ("half the batch", "width 1024", "weight decay on embeddings", "longer warm-down with a floor", "rates",
+           "Muon's momentum falls further")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in NUMBERS)) for name in HONEST
+])
 def test_honest_changes_pass(name):
     text = agent.apply_edits(TRAIN, tuple(HONEST[name]), "datacenter")
     assert faults(text) == []

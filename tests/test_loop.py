@@ -100,7 +100,7 @@ def test_invalid_is_never_best(checkout, server):
 @pytest.mark.parametrize(
     "code, reason",
     [
-        ("    raise TypeError('no such argument')", "TypeError: no such argument"),
+        slow("    raise TypeError('no such argument')", "TypeError: no such argument"),
         ("    import os; os.kill(os.getpid(), 9)", "killed by signal 9, perhaps out of memory"),
         slow("    raise SystemExit('NaN loss at step 12')", "NaN loss at step 12"),
         slow("    raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", "CUDA out of memory"),
@@ -115,6 +115,7 @@ def test_crashes_say_why(checkout, server, code, reason):
     assert (checkout.record()[1].status, checkout.record()[1].reason) == ("crash", reason)
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_is_killed_with_its_children(checkout, server, monkeypatch):
     monkeypatch.setattr(agent, "KILL_S", 2.0)
     hang = (
@@ -143,6 +144,7 @@ def test_a_run_that_never_asks_for_data_is_killed(checkout, server):
     assert checkout.record()[1].reason == "timeout after 1 s" and checkout.record()[1].train_s is None
 
 
+@pytest.mark.slow
 def test_a_late_checkpoint_is_invalid(checkout, server, monkeypatch):
     monkeypatch.setattr(agent, "LATE_S", 0.5)
     late = rewrite("    step = 0", "    step = 0; import time; time.sleep(1.5)")
@@ -150,6 +152,7 @@ def test_a_late_checkpoint_is_invalid(checkout, server, monkeypatch):
     assert checkout.record()[1].status == "invalid" and "checkpoint 1 s late" in checkout.record()[1].reason
 
 
+@pytest.mark.slow
 def test_a_model_that_breaks_a_rule_at_the_start_is_invalid(checkout, server):
     llm(
         checkout,
@@ -174,13 +177,15 @@ def test_scoring_that_stumbles_is_repeated_without_training(checkout, server):
     assert (folder / "run.log").read_text().count("step 1 ") == 1
 
 
+@pytest.mark.slow
 def test_scoring_that_always_fails_is_a_crash(checkout, server):
     dead = ["no repair"] * 4
     llm(checkout, server, rewrite(MODEL_LINE, '    return {"no": 1}'), *dead, experiments=2)
     assert checkout.record()[1].reason == "scoring: KeyError: 'rate'"
 
 
-@pytest.mark.parametrize("value", ["float('nan')", slow("float('inf')"), slow("-1.0"), slow("0.0")])
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "-1.0", "0.0"])
 def test_an_absurd_score_is_no_score(checkout, server, value):
     dead = ["no repair"] * 4
     llm(checkout, server, rewrite(MODEL_LINE, f'    return {{"bpb": {value}}}'), *dead, experiments=2)
@@ -199,6 +204,7 @@ def test_a_run_sees_a_clean_environment(checkout, server, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_key_never_reaches_the_commits(checkout, server, monkeypatch):
     llm(checkout, server, scored(1.0), api_key="sk-secret")
     assert "sk-secret" not in checkout.git("log", "--all", "-p", "--glob=refs/autoresearch")
@@ -226,6 +232,7 @@ def test_data_prepared_during_a_session_do_not_mix(checkout, server, monkeypatch
     assert all('"f00d"' in (runs / r.id / "score.json").read_text() for r in checkout.record())
 
 
+@pytest.mark.slow
 def test_the_same_data_made_anew_end_the_session(checkout, server):
     def prepare_again(body):
         subprocess.run(
@@ -265,6 +272,7 @@ def test_after_two_repairs_the_crash_stands(checkout, server):
 # Refusals before training
 
 
+@pytest.mark.slow
 def test_a_reply_that_does_not_apply_goes_back_and_makes_no_row(checkout, server):
     llm(checkout, server, reply("SET RATEX = 3"), reply("SET RATE = 3.0"), experiments=2)
     assert "Did you mean RATE" in server.asked(1) and "every edit of it" in server.asked(1)
@@ -292,6 +300,7 @@ def test_a_model_that_never_makes_sense_is_replaced_by_the_search(checkout, serv
     assert len(server.requests) == 20 and row.proposer == "search" and row.llm_tokens == 2000
 
 
+@pytest.mark.slow
 def test_mix_alternates(checkout, server):
     server.script += [reply(f"SET RATE = {2 + i / 10}") for i in range(2)]
     checkout.session(proposer="mix", base_url=server.url, experiments=5)
@@ -605,6 +614,7 @@ def test_a_keep_that_the_user_took_back_stays_back(checkout, server):
     assert checkout.record()[2].parent == base.commit
 
 
+@pytest.mark.slow
 def test_a_keep_that_the_user_takes_back_without_a_commit_is_the_users(checkout, server):
     llm(checkout, server, scored(1.05))
     checkout.git("checkout", "-q", "main", "--", "train.py")
@@ -631,7 +641,7 @@ def test_other_conditions_are_not_mixed(checkout, monkeypatch, change):
     assert "--tag NAME" in message and ("beef" in message or "0.2" in message) and len(checkout.record()) == 1
 
 
-@pytest.mark.parametrize("harm", [slow("deleted"), slow("emptied"), "torn", slow("half a header"), "a row lost"])
+@pytest.mark.parametrize("harm", [slow("deleted"), slow("emptied"), "torn", slow("half a header"), slow("a row lost")])
 def test_results_are_rebuilt_from_the_refs(checkout, harm):
     checkout.session(experiments=3)
     path = checkout.root / "results.tsv"
@@ -648,6 +658,7 @@ def test_results_are_rebuilt_from_the_refs(checkout, harm):
     assert path.read_text().startswith(whole) and len(checkout.rows()) == 4
 
 
+@pytest.mark.slow
 def test_the_users_own_lines_in_results_stay(checkout):
     checkout.session(experiments=2)
     path = checkout.root / "results.tsv"
@@ -657,7 +668,7 @@ def test_the_users_own_lines_in_results_stay(checkout):
     assert path.read_text().startswith(mine) and len(path.read_text().splitlines()) == 5
 
 
-@pytest.mark.parametrize("left", ["ref", slow("row"), slow("branch"), "file"])
+@pytest.mark.parametrize("left", ["ref", slow("row"), slow("branch"), slow("file")])
 def test_a_keep_that_a_crash_cut_short_is_finished(checkout, server, left):
     """Put the checkout back to each state between a keep's ref and its end, and start again."""
     llm(checkout, server, scored(1.05))
@@ -680,6 +691,7 @@ def test_a_keep_that_a_crash_cut_short_is_finished(checkout, server, left):
     assert results.read_text().startswith(after) and len(checkout.rows()) == 3
 
 
+@pytest.mark.slow
 def test_deadline(checkout):
     began = time.monotonic()
     assert checkout.session(hours=4 / 3600, experiments=None, budget_s=0.3) == 0

@@ -101,7 +101,7 @@ def unchecked_bpb(model):
 
 def tricks():
     """All, the most of them for the long run: one of each kind is what matters every day."""
-    daily = ("bag_of_row", "learns_while_scored", "peek_a_little", "peek_in_eval", "plays_back", "reads_other_rows")
+    daily = ("bag_of_row", "learns_while_scored", "peek_in_eval", "plays_back")   # test_scoring.py has more kinds
     marks = {path: () if path.stem in daily else pytest.mark.slow for path in cheats("model")}
     return [pytest.param(path, marks=mark, id=path.stem) for path, mark in marks.items()]
 
@@ -137,8 +137,9 @@ def shown(output):
 
 
 def twins():
-    """Honest models; the plain ones for the long run only."""
-    rest = ("plain", "tied", "own_gradient", "fft_convolution")
+    """Honest models; the plain ones, and those whose kind test_scoring.py has, for the long run only."""
+    rest = ("plain", "tied", "own_gradient", "fft_convolution", "recurrent", "bf16", "cached_mask",
+            "curriculum")
     marks = {path: pytest.mark.slow if path.stem in rest else () for path in cheats("honest")}
     return [pytest.param(path, marks=mark, id=path.stem) for path, mark in marks.items()]
 

@@ -84,6 +84,7 @@ sys.exit(agent.session(config))
 """
 
 
+@pytest.mark.slow
 @linux
 def test_no_space_left_loses_no_experiment(checkout, tmp_path):
     """The checkout on a tmpfs of 16 MB that fills up in a run, and in a record."""
@@ -243,8 +244,8 @@ def test_a_branch_that_was_made_but_not_checked_out_is_taken_up(checkout):
     assert checkout.git("symbolic-ref", "--short", "HEAD") == "autoresearch/x" and len(checkout.record()) == 1
 
 
-@pytest.mark.parametrize("lock", ["index.lock", slow("refs/heads/autoresearch/x.lock"),
-                                  slow("refs/autoresearch/x/0003.lock")])
+@pytest.mark.slow
+@pytest.mark.parametrize("lock", ["index.lock", "refs/heads/autoresearch/x.lock", "refs/autoresearch/x/0003.lock"])
 def test_locks_that_a_dead_session_left_are_removed(checkout, monkeypatch, lock, capsys):
     monkeypatch.setattr(agent, "LOCK_S", 0.5)
     checkout.session(experiments=2, tag="x")
@@ -276,7 +277,8 @@ def test_an_empty_object_is_removed_and_written_anew(checkout, server, capsys):
     assert checkout.git("show", "HEAD:train.py") + "\n" == text
 
 
-@pytest.mark.parametrize("last, says", [(1.2, "the commit of refs/autoresearch/x/0002 is damaged"), (1.0, "git fsck")])
+@pytest.mark.parametrize("last, says", [(1.2, "the commit of refs/autoresearch/x/0002 is damaged"),
+                                        slow(1.0, "git fsck")])
 def test_an_experiment_whose_commit_is_damaged_is_named(checkout, server, last, says):
     llm(checkout, server, scored(last), tag="x")
     lost = checkout.record()[1]
@@ -298,6 +300,7 @@ def test_an_edited_row_is_said_and_left(checkout, capsys):
     assert f"something else than git of {tag}/0001" in capsys.readouterr().out and "my own words" in path.read_text()
 
 
+@pytest.mark.slow
 def test_a_best_folder_that_lags_is_made_anew(checkout, server):
     llm(checkout, server, scored(1.05), tag="x")
     runs = checkout.root / "runs" / "x"
@@ -316,7 +319,7 @@ def test_a_lock_of_a_dead_session_does_not_matter(checkout):
     assert checkout.session(experiments=1) == 0
 
 
-@pytest.mark.parametrize("model", ["tiny", ""], ids=["named", "not named"])
+@pytest.mark.parametrize("model", [slow("tiny"), ""], ids=["named", "not named"])
 def test_a_restart_before_the_network_is_back_goes_on_with_the_search(checkout, server, model):
     llm(checkout, server, scored(1.05), model=model)
     server.http.server_close()
@@ -372,6 +375,7 @@ def test_a_branch_switched_in_mid_session_stops_it_and_stays(checkout, server):
     assert checkout.git("symbolic-ref", "--short", "HEAD") == "main" and "BPB = None" in checkout.text()
 
 
+@pytest.mark.slow
 def test_a_deleted_results_file_is_made_anew(checkout, server):
     def meddle(body):
         (checkout.root / "results.tsv").unlink()
@@ -393,6 +397,7 @@ def test_a_line_that_the_user_left_open_is_ended_first(checkout, server):
     assert lines[3] == "# a note of mine" and lines[4].split("\t")[5] == "0003"
 
 
+@pytest.mark.slow
 def test_gc_in_mid_session_takes_nothing(checkout, server):
     def meddle(body):
         checkout.git("gc", "-q", "--prune=now")

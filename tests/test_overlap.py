@@ -173,8 +173,9 @@ NEW_FILE = (TOY / "train.py").read_text().replace("DECAY = 0.2", "DECAY = 0.1")
     [
         ([], rewrite(NOTE_LINE, "NOTE = 'kept'") + "SET BPB = 1.05\n", rewrite(NOTE_LINE, "NOTE = 'late'"),
          "the SEARCH lines are not in train.py"),
-        ([sets("RATE = 1.1", "ROWS = 16")], sets("RATE = 1.1"), sets("ROWS = 16"), "repeats experiment 0002 (discard"),
-        ([], scored(1.05), whole(NEW_FILE), "a whole file, made from an earlier best"),
+        slow([sets("RATE = 1.1", "ROWS = 16")], sets("RATE = 1.1"), sets("ROWS = 16"),
+             "repeats experiment 0002 (discard"),
+        slow([], scored(1.05), whole(NEW_FILE), "a whole file, made from an earlier best"),
     ],
     ids=["a block", "a repeat", "a whole file"],
 )
@@ -190,6 +191,7 @@ def test_what_does_not_fit_after_a_keep_is_asked_anew(checkout, server, capsys, 
     assert len(server.requests) == len(script) and spent(checkout) == [100] * len(before) + [100, 200]
 
 
+@pytest.mark.slow
 def test_what_changes_nothing_after_a_keep_is_dropped_and_its_tokens_are_counted(checkout, server, capsys):
     """Those of the whole conversation, in the next row and in the total."""
     script = [sets("RATE = 2.0", "DECAY = 0.5"), costing(30, "nothing"), costing(7, sets("RATE = 2.0")),
@@ -308,6 +310,7 @@ def hanging(server):
     over.set()
 
 
+@pytest.mark.slow
 def test_an_outage_while_a_run_trains(checkout, server, tmp_path, capsys):
     """The background waits a second and a half; that is no part of the running row's time, nor taken from it."""
     flag, failures = tmp_path / "over", []
@@ -327,6 +330,7 @@ def test_an_outage_while_a_run_trains(checkout, server, tmp_path, capsys):
     assert capsys.readouterr().out.count("the search proposes until it answers again") == 1
 
 
+@pytest.mark.slow
 def test_the_deadline_while_it_is_waited_for(checkout, server, hanging, capsys):
     checkout.session(experiments=1, budget_s=0.7)
     began, more = time.monotonic(), {"prefetch": True, "hours": 3.5 / 3600, "outage_s": 60.0, "budget_s": 0.7}
@@ -387,7 +391,7 @@ def test_any_other_server_is_not(url):
     assert not agent.is_local(url)
 
 
-@pytest.mark.parametrize("base_url, on", [("", False), ("http://models.invalid/v1", True)], ids=["local", "remote"])
+@pytest.mark.parametrize("base_url, on", [slow("", False), ("http://models.invalid/v1", True)], ids=["local", "remote"])
 def test_the_default_goes_by_the_url(checkout, server, monkeypatch, capsys, base_url, on):
     """A server elsewhere is reached through a proxy, which here answers itself."""
     monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
@@ -411,6 +415,7 @@ def test_the_command_line_decides(monkeypatch, args, on):
     assert agent.configured(agent.parser().parse_args(args)).prefetch is on
 
 
+@pytest.mark.slow
 def test_a_failure_to_ask_ahead_costs_neither_the_experiment_nor_the_session(checkout, server, monkeypatch):
     """git cannot be started for a moment, just when the request is made."""
     plain, failed = agent.request, []

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from test_loop import slow
 
 import prepare
 
@@ -294,11 +295,11 @@ def download(shards, tmp_path) -> Path:
 
 @pytest.mark.parametrize("faults, ranges", [
     ([], [None]),
-    (["no hash"], [None]),
+    slow(["no hash"], [None]),
     (["break"], [None, "bytes=65536-"]),
-    (["break", "ignore range"], [None, "bytes=65536-"]),
+    slow(["break", "ignore range"], [None, "bytes=65536-"]),
     (["wrong hash"], [None, None]),
-    (["garbage"], [None, None]),
+    slow(["garbage"], [None, None]),
 ])
 def test_a_download_survives(shards, tmp_path, faults, ranges):
     shards.faults[:] = faults
@@ -342,6 +343,7 @@ def test_climbmix_in_contiguous_rows(cache, shards, capsys):
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reached", ["tokenizer.json", "val.bin", "train.bin"])
 def test_killed_preparation_is_done_again(tmp_path, cache, texts_folder, reached):
     process = start(cache, "--dataset", str(texts_folder))
@@ -354,7 +356,7 @@ def test_killed_preparation_is_done_again(tmp_path, cache, texts_folder, reached
     assert not list(cache.glob("*.partial")) and (current(cache)[0] / reached).exists()
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "meta.json", "-cpu", "current"])
+@pytest.mark.parametrize("name", [slow("tokenizer.json"), slow("meta.json"), "-cpu", slow("current")])
 def test_killed_at_a_rename_it_is_done_again(cache, texts_folder, name):
     code = f"""if True:
         import os, signal, prepare
@@ -447,6 +449,7 @@ def test_a_gpu_that_torch_cannot_use_is_never_a_silent_cpu(tmp_path, monkeypatch
     assert stopped.value.code == 2 and "--preset cpu" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_builtin(cache):
     output, errors = start(cache).communicate()
     assert "Ready" in output, errors

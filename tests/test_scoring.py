@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from test_loop import slow
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prepare
@@ -139,6 +140,7 @@ def test_bits_per_byte_against_float64_by_hand(tmp_path, split, capsys):
     assert f"{split}_bpb:" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_causal_model_is_scored_and_the_summary_has_the_original_lines(tmp_path):
     run_dir = make_run(tmp_path / "run", "logits.cumsum(1) / idx.shape[1]")
     (run_dir / "facts.json").write_text('{"steps": 953, "tokens": 499600000, "depth": "eight", "total_seconds": 300.0}')
@@ -207,7 +209,7 @@ def test_nothing_to_score_is_one_line(tmp_path, capsys, missing):
     assert stopped.value.code == 2 and message.startswith("No run to load") and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("forward, code", [("logits", 0), ("logits[:, 1:]", 3)])
+@pytest.mark.parametrize("forward, code", [("logits", 0), slow("logits[:, 1:]", 3)])
 def test_the_scored_file_imports_the_scorer_itself_and_leaves_it_nothing_to_do_at_the_exit(tmp_path, forward, code):
     run_dir = make_run(tmp_path / "run", forward)
     score = run_dir / "score.json"
@@ -257,7 +259,8 @@ def test_a_long_text_is_continued_from_its_end(tmp_path):
     assert done.stdout == "a" + "ba" * 300 + "\n"
 
 
-@pytest.mark.parametrize("words", [["--temperature", "0"], ["--temperature", "nan"], ["--tokens", "many"], []])
+@pytest.mark.parametrize(
+    "words", [["--temperature", "0"], slow(["--temperature", "nan"]), slow(["--tokens", "many"]), slow([])])
 def test_what_cannot_be_sampled_is_said(tmp_path, words):
     done = run_python(PREPARE, "sample", tmp_path / "none", *words)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
@@ -689,6 +692,7 @@ def test_not_prepared_or_no_such_device_is_one_line(tmp_path, monkeypatch, capsy
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_under_the_agent_gets_its_tokens_over_the_socket(tmp_path):
     run_dir = make_run(tmp_path / "run")
     (run_dir / "checkpoint.pt").unlink()
@@ -717,6 +721,7 @@ def test_a_run_under_the_agent_gets_its_tokens_over_the_socket(tmp_path):
     assert read(run_dir / "score.json")["val_bpb"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_whose_agent_is_gone_ends(tmp_path):
     run_dir = make_run(tmp_path / "run")
     agent, run = socket.socketpair()

@@ -66,6 +66,7 @@ def test_the_second_run_is_one_that_was_started_ahead_and_nothing_is_left(torch_
     assert not [*runs.glob("*/spare-*"), *runs.glob("*/*/work")] and not spare_processes()
 
 
+@pytest.mark.slow
 def test_a_run_that_confirms_gets_the_other_seed(torch_checkout, server):
     server.script += [reply("SET BPB = 0.5", description="too good"), reply("SET RATE = 0.5")]
     sandboxed(torch_checkout, experiments=3, proposer="llm", base_url=server.url)
@@ -99,6 +100,7 @@ def test_they_stand_still_while_the_tokens_are_out(torch_checkout):
     assert len(still) > len(seen) / 2 > 3, seen   # the rest: the moment before the end of a run, and its scoring
 
 
+@pytest.mark.slow
 def test_one_that_dies_is_replaced(torch_checkout):
     killed = []
 

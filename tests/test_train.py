@@ -300,8 +300,12 @@ def test_sizes_are_literals_within_their_bounds():
         assert all(BOUNDS[name][0] <= value <= BOUNDS[name][1] for name, value in bounded.items())
 
 
-@pytest.mark.parametrize("end", [0, 1])
-@pytest.mark.parametrize("name", BOUNDS)
+LONG = ("BATCH_ROWS", 1), ("HEAD_DIM", 1)   # seconds each
+
+
+@pytest.mark.parametrize("name, end", [
+    pytest.param(name, end, marks=[pytest.mark.slow] * ((name, end) in LONG)) for end in (0, 1) for name in BOUNDS
+])
 def test_a_step_runs_at_the_ends_of_the_bounds(name, end, monkeypatch):
     if name in TINY:
         changes = {name: like(TINY[name], BOUNDS[name][end])}

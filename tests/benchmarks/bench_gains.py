@@ -19,16 +19,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import agent  # noqa: E402
 from conftest import Server, commit_all, make_checkout, reply  # noqa: E402
 
-SPOILED = {"EMBED_LR": 0.05, "HEAD_LR": 0.001}
+SPOILED = {"HEAD_LR": 0.001, "MATRIX_LR": 0.004}   # each costs over 0.1 bits per byte
 IDEAS = (   # kind, edit
-    ("harm", "SET MATRIX_LR = 0.002"),
+    ("harm", "SET HEAD_LR = 0.0003"),
     ("nothing", "SET ROPE_BASE = 10001.0"),
-    ("help", "SET EMBED_LR = {EMBED_LR}"),
-    ("nothing", "SET SOFTCAP = 15.001"),
-    ("harm", "SET VALUE_LR = 0.05"),
     ("help", "SET HEAD_LR = {HEAD_LR}"),
+    ("nothing", "SET SOFTCAP = 15.001"),
+    ("harm", "SET MATRIX_LR = 0.001"),
+    ("help", "SET MATRIX_LR = {MATRIX_LR}"),
     ("nothing", "SET ADAM_BETA2 = 0.9501"),
-    ("harm", "SET EMBED_LR = 0.1"),
+    ("harm", "SET HEAD_LR = 0.0015"),
 )
 
 
