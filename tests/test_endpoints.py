@@ -570,8 +570,8 @@ def test_a_refusal_in_mid_session_is_one_line_and_no_wait(checkout, rough, capsy
 def test_a_session_that_began_in_an_outage_is_not_at_its_start_any_more(checkout, rough, capsys, step):
     """No reply was ever heard, and yet a refusal does not end what runs already."""
     rough.script, rough.after, rough.short = [answers(503, error("down"))] * 2, step, ["OK"]
-    assert run(checkout, rough, experiments=6, outage_s=0.5) == 0
-    assert len(rough.asked) > 2 and proposers(checkout) == ["baseline"] + ["search"] * 5
+    assert run(checkout, rough, experiments=12, outage_s=0.5) == 0
+    assert len(rough.asked) > 2 and proposers(checkout) == ["baseline"] + ["search"] * 11
 
 
 @slow

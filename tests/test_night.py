@@ -217,7 +217,7 @@ def test_an_agent_that_stood_still_runs_the_experiment_again(checkout):
     process = subprocess.Popen(checkout.command("--proposer", "search", "--experiments", "2", "--time-budget", "2",
                                                 "--sandbox", "off"), cwd=checkout.root, env=checkout.env(),
                                stdout=subprocess.PIPE, text=True)
-    while not list(checkout.root.glob("runs/*/0002/run.log")):
+    while not any("step" in path.read_text() for path in checkout.root.glob("runs/*/0002/run.log")):
         time.sleep(0.05)
     process.send_signal(signal.SIGSTOP)
     time.sleep(agent.PAUSED_S + 2)
