@@ -166,8 +166,10 @@ def session(tmp_path_factory, cache):
     commit_all(checkout)
     s, _ = agent.opened(checkout.config(rules=False, sandbox="auto"), agent.Screen())
     agent.read_branch(s)
+    s.runs.mkdir(parents=True)
     agent.find_sandbox(s)
-    return s
+    yield s
+    agent.end_spares(s)
 
 
 @pytest.mark.slow
