@@ -49,6 +49,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from statistics import fmean
 from typing import BinaryIO, NamedTuple
 from urllib.parse import urlsplit
 
@@ -952,7 +953,7 @@ def parse_message(commit: str, parent: str, text: str) -> Result:
     found = {}
     for f in fields(Result):
         if f.name in TRAILERS:
-            raw = values.get(TRAILERS[f.name], "-" if f.name in ("bar", "test_bpb") else None)   # of an older version
+            raw = values.get(TRAILERS[f.name], "-" if f.default is None else None)   # a record may be older
             if raw is None:
                 raise ValueError(f"{commit[:7]} has no trailer {TRAILERS[f.name]}")
             convert = {"str": str, "int": int, "float": float}[f.type.split(" ")[0]]
@@ -1031,9 +1032,6 @@ class Noise(NamedTuple):
         source = f"{self.repeats} repeats and the preset's prior" if self.repeats else "the preset's prior"
         return f"noise of a seed {self.sd:.4f} (standard deviation, from {source})"
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
 def has_score(r: Result) -> bool:
     return bool(r.val_bpb) and r.status not in ("invalid", "crash")
 
@@ -1053,7 +1051,7 @@ def present_runs(results: list[Result], program: Result) -> list[Result]:
 
 def value_of(results: list[Result], program: Result) -> float:
     """What a program is worth: the mean over its present runs, not the luckiest."""
-    return mean([r.val_bpb for r in present_runs(results, program)])
+    return fmean([r.val_bpb for r in present_runs(results, program)])
 
 def next_seed(results: list[Result], program: Result) -> int:
     """The seed of a program's next repeat: a new one, so that it tells of luck too."""
@@ -1073,7 +1071,7 @@ def unchosen(results: list[Result]) -> list[Result]:
 
 def squares(groups: list[list[float]]) -> tuple[float, int]:
     """The sum of squares of numbers about their own group's mean, and its degrees of freedom."""
-    return (sum((value - mean(group)) ** 2 for group in groups for value in group),
+    return (sum((value - fmean(group)) ** 2 for group in groups for value in group),
             sum(len(group) - 1 for group in groups))
 
 def noise_of(results: list[Result], preset: str) -> Noise:
@@ -1133,7 +1131,7 @@ def drift(results: list[Result], best: Result, time_s: float) -> str:
     if tried_s > max(DRIFT_S, DRIFT_RUNS * best.budget_s):
         return f"{tried_s / 3600:.1f} h after it ran"
     if len(moved) == DRIFT_ROWS and (min(moved) > usual or max(moved) < -usual):
-        return f"{DRIFT_ROWS} runs with {mean(moved):+.1%} tokens"
+        return f"{DRIFT_ROWS} runs with {fmean(moved):+.1%} tokens"
     return ""
 
 def seconds_of(time: str) -> float:
@@ -1161,7 +1159,7 @@ def gain_of(best: list[float], base: list[float], others: list[list[float]], tex
     total, freedom = squares([best, base, *others])
     seeds, text = total / freedom * (1 / len(best) + 1 / len(base)), text_sd**2
     freedom = (seeds + text) ** 2 / (seeds**2 / freedom + text**2 / (BLOCKS - 1)) if seeds + text else math.inf
-    gain, off = mean(base) - mean(best), t_95(freedom) * math.sqrt(seeds + text)
+    gain, off = fmean(base) - fmean(best), t_95(freedom) * math.sqrt(seeds + text)
     return Gain(gain, gain - off, gain + off)
 
 def text_sd(best: list, base: list, size: float) -> float:
@@ -1196,7 +1194,7 @@ def hindsight(results: list[Result]) -> list[Result]:
     for r in results:
         if r.status == "keep" and r.parent in known:
             runs, before = ([run.val_bpb for run in runs_of(results, p)] for p in (r, known[r.parent]))
-            found += [r] * (mean(before) - mean(runs) < sd * math.sqrt(1 / len(runs) + 1 / len(before)))
+            found += [r] * (fmean(before) - fmean(runs) < sd * math.sqrt(1 / len(runs) + 1 / len(before)))
     return found
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2979,7 +2977,7 @@ def confirmed(s: Session, first: Entry, why: str) -> list[Entry]:
         runs = [row, entries[1].result]
         if runs[1].val_bpb and needs_repeat(s.results, s.best, runs):
             for entry in repeat_best(s, id + 2, why):
-                entries.append(entry)
+                entries.append(entry)   # one by one: the first is recorded even where the second runs out of time
         verdict = after_repeat(runs, value_of([*s.results, *(e.result for e in entries[2:])], s.best))
     except OutOfTime:
         verdict = "discard", f"{why}, and no time to confirm it"
