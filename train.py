@@ -7,6 +7,7 @@ import copy
 import functools
 import gc
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -28,34 +29,39 @@ SIZES = {  # the row of the active preset is used
     # HEAD_DIM: channels per head, rounded to a multiple of 8 [16, 256]
     # WINDOW: tokens that a short-window block sees, itself included; seq_len or more means all [16, 2048]
     # VALUE_EVERY: the last block and every n-th before it has a value embedding, blocks [1, 24]
+    # BIGRAM_ROWS: rows of the table of token pairs, which are hashed into it [1024, 262144]
     # BATCH_ROWS: rows of seq_len tokens per optimizer step [1, 512]
     # MICRO_ROWS: rows that are in memory at once, at most; no result depends on it, lower it when memory runs out
     # MATRIX_LR: Muon's rate for the matrices of the blocks [0.002, 0.2]
-    "datacenter": dict(DEPTH=8, HEADS=6, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, BATCH_ROWS=64, MICRO_ROWS=32,
-                       MATRIX_LR=0.04),
-    "consumer": dict(DEPTH=6, HEADS=4, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, BATCH_ROWS=32, MICRO_ROWS=16,
-                     MATRIX_LR=0.04),
-    "mac": dict(DEPTH=4, HEADS=2, HEAD_DIM=128, WINDOW=128, VALUE_EVERY=1, BATCH_ROWS=16, MICRO_ROWS=16,
-                MATRIX_LR=0.03),
-    "cpu": dict(DEPTH=4, HEADS=2, HEAD_DIM=64, WINDOW=256, VALUE_EVERY=1, BATCH_ROWS=8, MICRO_ROWS=8,
-                MATRIX_LR=0.03),
+    # MUON_STEPS: Newton-Schulz steps that make an update orthogonal; 5 take an eighth of a step on a CPU [1, 5]
+    "datacenter": dict(DEPTH=8, HEADS=6, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, BIGRAM_ROWS=65536, BATCH_ROWS=64,
+                       MICRO_ROWS=32, MATRIX_LR=0.04, MUON_STEPS=5),
+    "consumer": dict(DEPTH=6, HEADS=4, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, BIGRAM_ROWS=65536, BATCH_ROWS=32,
+                     MICRO_ROWS=16, MATRIX_LR=0.04, MUON_STEPS=5),
+    "mac": dict(DEPTH=4, HEADS=2, HEAD_DIM=128, WINDOW=128, VALUE_EVERY=1, BIGRAM_ROWS=32768, BATCH_ROWS=16,
+                MICRO_ROWS=16, MATRIX_LR=0.03, MUON_STEPS=5),
+    "cpu": dict(DEPTH=4, HEADS=2, HEAD_DIM=64, WINDOW=256, VALUE_EVERY=1, BIGRAM_ROWS=32768, BATCH_ROWS=8,
+                MICRO_ROWS=8, MATRIX_LR=0.03, MUON_STEPS=3),
 }
 
 # Architecture
 WINDOW_PATTERN = "SSSL"  # S: short window, L: full; repeated over the blocks; the last block is always full
 MLP_RATIO = 4.0  # hidden channels of the MLP per channel of the model [0.5, 8]
+CONV_TAPS = 2  # tokens before the present one that the convolution in front of every attention blends in [1, 8]
 ROPE_BASE = 10000.0  # longest wavelength of the rotary embedding, about this many times 2 pi tokens [100, 1000000]
-SOFTCAP = 15.0  # logits stay within +-SOFTCAP [5, 50]
+SOFTCAP = 30.0  # logits stay within +-SOFTCAP, x / (1 + |x| / SOFTCAP): a tanh takes 8 % of a step on a CPU [10, 100]
 GATE_CHANNELS = 32  # channels of a block's input that drive the gates of its value embedding [1, 128]
 EMBED_MIX_INIT = 0.1  # share of the token embedding mixed in before every block, at the start [0, 1]
 
-# AdamW: embeddings, head and scalars. The rates of the first three are for a width of 768 and grow as width ** -0.5
+# AdamW: embeddings, head and scalars. The rates of the first four are for a width of 768 and grow as width ** -0.5
 EMBED_LR = 0.8  # token embedding [0.05, 5]
+BIGRAM_LR = 0.3  # table of token pairs [0.02, 2]
 VALUE_LR = 0.8  # value embeddings [0.05, 5]
 HEAD_LR = 0.01  # output head [0.001, 0.1]
+CONV_LR = 0.1  # weights of the convolutions [0.01, 1]
 RESIDUAL_LR = 0.015  # per-block scale of the residual stream [0.001, 0.1]
 MIX_LR = 0.5  # per-block share of the token embedding [0.01, 2]
-EMBED_DECAY = 0.002  # weight decay of the token embedding, times its rate [0, 0.05]
+EMBED_DECAY = 0.002  # weight decay of the token embedding and of the table of pairs, times their rates [0, 0.05]
 VALUE_DECAY = 0.002  # weight decay of the value embeddings, times their rate [0, 0.05]
 HEAD_DECAY = 0.005  # weight decay of the head, times its rate [0, 0.1]
 ADAM_BETA1 = 0.8  # mean of the gradient: share kept per step [0.5, 0.95]
@@ -111,7 +117,7 @@ def blockwise_attention(q, k, v, window: int):
     query = torch.arange(padded, device=q.device).view(-1, window, 1)
     key = query[:, :1] - window + torch.arange(2 * window, device=q.device)
     mask = (key >= 0) & (key <= query) & (query - key < window)  # (blocks, window, 2 * window)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None])
     return out.reshape(batch, heads, padded, dim)[:, :, :length]
 
 
@@ -171,6 +177,20 @@ def rotate(x, rotary):
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
+def blend(x, taps):
+    """Short causal convolution by channel: x (B, T, width) plus taps[i] times the token i + 1 places before."""
+    blended, shifted = x, x
+    for tap in taps:
+        shifted = F.pad(shifted, (0, 0, 1, 0))[:, :-1]
+        blended = blended + tap.to(x.dtype) * shifted
+    return blended
+
+
+def pair_rows(idx, rows: int):
+    """Row in a table of so many of every token with the one before it: idx (B, T) -> (B, T). Pairs may share one."""
+    return (idx * 1000003 + F.pad(idx, (1, 0))[:, :-1] * 2654435761) % rows
+
+
 class Attention(nn.Module):
     """Causal attention over the last `window` tokens; a value embedding may add to the values, gated per head."""
 
@@ -214,10 +234,10 @@ class Block(nn.Module):
         self.attention = Attention(heads, head_dim, window, has_value_embedding)
         self.mlp = MLP(heads * head_dim)
 
-    def forward(self, x, scale, embedded, mix, rotary, value_embedding, block_mask):
+    def forward(self, x, scale, embedded, mix, taps, rotary, value_embedding, block_mask):
         """The residual stream x (B, T, width), scaled, with a share of the token embedding, through both layers."""
         x = scale * x + mix * embedded
-        x = x + self.attention(norm(x), rotary, value_embedding, block_mask)
+        x = x + self.attention(blend(norm(x), taps), rotary, value_embedding, block_mask)
         return x + self.mlp(norm(x))
 
 
@@ -231,10 +251,12 @@ class GPT(nn.Module):
         self.windows = block_windows(size.DEPTH, min(size.WINDOW, seq_len), seq_len)
         has_value = range(size.DEPTH - 1, -1, -size.VALUE_EVERY)  # blocks with a value embedding
         self.embedding = nn.Embedding(vocab_size, width)
+        self.bigrams = nn.Embedding.from_pretrained(torch.zeros(size.BIGRAM_ROWS, width), freeze=False)
         self.value_embeddings = nn.ModuleDict({str(i): nn.Embedding(vocab_size, width) for i in has_value})
         self.blocks = nn.ModuleList(Block(size.HEADS, head_dim, w, i in has_value) for i, w in enumerate(self.windows))
         self.residual_scale = nn.Parameter(torch.ones(size.DEPTH))
         self.embed_mix = nn.Parameter(torch.full((size.DEPTH,), EMBED_MIX_INIT))
+        self.conv_taps = nn.Parameter(torch.zeros(size.DEPTH, CONV_TAPS, width))
         self.head = Linear(width, vocab_size)
         self.register_buffer("rotary", rotary_table(seq_len, head_dim), persistent=False)
         self.init_weights()
@@ -259,12 +281,13 @@ class GPT(nn.Module):
         """Tokens (B, T) -> (B, T, width), the input of the head. run_block: Block.forward, or compiled."""
         dtype = torch.bfloat16 if idx.is_cuda else torch.float32
         rotary = self.rotary[:, : idx.shape[1]]
-        embedded = norm(self.embedding(idx).to(dtype))
+        embedded = norm((self.embedding(idx) + self.bigrams(pair_rows(idx, self.bigrams.num_embeddings))).to(dtype))
         x = embedded.clone()  # with one tensor as both, the first block would be compiled by itself
         with sdpa_kernel(SDPA_ORDER, set_priority=True):  # within a compiled function, no cache would hold that
             for i, block in enumerate(self.blocks):
                 value = self.value_embeddings[str(i)](idx).to(dtype) if str(i) in self.value_embeddings else None
-                x = run_block(block, x, self.residual_scale[i], embedded, self.embed_mix[i], rotary, value, block_mask)
+                scale, mix, taps = self.residual_scale[i], self.embed_mix[i], self.conv_taps[i]
+                x = run_block(block, x, scale, embedded, mix, taps, rotary, value, block_mask)
         return x
 
     def forward(self, idx):
@@ -274,7 +297,7 @@ class GPT(nn.Module):
 def logits_of(head, x):
     """What the head makes of (B, T, width): logits (B, T, vocab_size), fp32."""
     logits = head(norm(x)).float()
-    return SOFTCAP * torch.tanh(logits / SOFTCAP)
+    return logits / (1 + logits.abs() / SOFTCAP)
 
 
 def block_windows(depth: int, short: int, full: int) -> list[int]:
@@ -305,13 +328,15 @@ POLAR_EXPRESS = (  # coefficients of the odd quintic of each Newton-Schulz step 
 )
 
 
-def orthogonalise(matrices):
-    """The nearest (semi-)orthogonal matrix to each of (n, rows, columns), nearly: singular values go to about 1."""
+def orthogonalise(matrices, steps: int):
+    """The nearest (semi-)orthogonal matrix to each of (n, rows, columns), nearly: singular values go to about 1, but
+    fewer than 5 steps leave small ones small."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x.mT if tall else x
     x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
-    for a, b, c in POLAR_EXPRESS:
+    for i in range(steps):
+        a, b, c = POLAR_EXPRESS[i]
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(matrices.dtype)
@@ -330,10 +355,10 @@ def equalise_neurons(update, power, beta):
     return scaled * before / after.clamp_min(1e-10)
 
 
-def muon_update(weights, gradients, velocity, power, lr, momentum, decay, neuron_beta):
+def muon_update(weights, gradients, velocity, power, lr, momentum, decay, neuron_beta, steps: int):
     """New weights (n, rows, columns); moves velocity and power along. Decays only where the update shrinks too."""
     velocity += (1 - momentum) * (gradients - velocity)
-    update = orthogonalise(gradients + momentum * (velocity - gradients))  # Nesterov: looks one step ahead
+    update = orthogonalise(gradients + momentum * (velocity - gradients), steps)  # Nesterov: looks one step ahead
     update = equalise_neurons(update, power, neuron_beta) * max(1, weights.shape[-2] / weights.shape[-1]) ** 0.5
     return weights - lr * update - lr * decay * weights * (update * weights >= 0)
 
@@ -341,14 +366,14 @@ def muon_update(weights, gradients, velocity, power, lr, momentum, decay, neuron
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised; all matrices of one shape are updated as one batch."""
 
-    def __init__(self, matrices: list, lr: float, update=muon_update):
+    def __init__(self, matrices: list, lr: float, steps: int, update=muon_update):
         shapes = {tuple(p.shape): [] for p in matrices}
         for p in matrices:
             shapes[tuple(p.shape)].append(p)
         rates = dict(lr=lr, momentum=MOMENTUM_START, decay=MATRIX_DECAY, neuron_beta=NEURON_BETA)
         groups = [dict(params=params, **rates) for params in shapes.values()]
         super().__init__(groups, {})
-        self.update = update
+        self.update = functools.partial(update, steps=steps)
 
     @torch.no_grad()
     def step(self):
@@ -374,8 +399,10 @@ def adamw(model) -> torch.optim.Optimizer:
     betas, scalar_betas = (ADAM_BETA1, ADAM_BETA2), (SCALAR_BETA1, ADAM_BETA2)
     groups = [
         dict(params=[model.embedding.weight], lr=EMBED_LR * scale, betas=betas, weight_decay=EMBED_DECAY),
+        dict(params=[model.bigrams.weight], lr=BIGRAM_LR * scale, betas=betas, weight_decay=EMBED_DECAY),
         dict(params=value_weights, lr=VALUE_LR * scale, betas=betas, weight_decay=VALUE_DECAY),
         dict(params=[model.head.weight], lr=HEAD_LR * scale, betas=betas, weight_decay=HEAD_DECAY),
+        dict(params=[model.conv_taps], lr=CONV_LR, betas=betas, weight_decay=0.0),
         dict(params=[model.residual_scale], lr=RESIDUAL_LR, betas=scalar_betas, weight_decay=0.0),
         dict(params=[model.embed_mix], lr=MIX_LR, betas=scalar_betas, weight_decay=0.0),
     ]
@@ -405,6 +432,11 @@ def head_loss(head, x, y):
     return F.cross_entropy(logits_of(head, x).flatten(0, 1), y.flatten())
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the machine, had no memory left."""
+    return bool(re.search("out of memory|(can't|cannot) allocate memory|not enough memory|ALLOC_FAILED", str(error)))
+
+
 class Trainer:
     """Model, optimizers and compiled functions; step() makes one optimizer step.
 
@@ -415,9 +447,9 @@ class Trainer:
         compile_fn = functools.partial(torch.compile, dynamic=False, disable=not compiled, recompile_limit=64)
         self.model = model
         self.block, self.head_loss = compile_fn(Block.forward), compile_fn(head_loss)
-        self.compiled = compiled
+        self.has_flex = compiled and model.head.weight.is_cuda  # until warm_up finds that it does not work
         torch.compiler.config.cache_key_tag = str(SDPA_ORDER)  # chooses while it is traced, and is not in the key
-        self.muon = Muon(matrix_parameters(model), size.MATRIX_LR, compile_fn(muon_update))
+        self.muon = Muon(matrix_parameters(model), size.MATRIX_LR, size.MUON_STEPS, compile_fn(muon_update))
         self.adamw = adamw(model)
         self.micro_batches = math.ceil(size.BATCH_ROWS / size.MICRO_ROWS)
         self.rows = math.ceil(size.BATCH_ROWS / self.micro_batches)  # of every micro-batch: fixed shapes
@@ -439,7 +471,7 @@ class Trainer:
     def loss(self, x, y):
         """Mean loss, nats per token, of predicting y (B, T) from x (B, T)."""
         window, length = min(self.model.windows), x.shape[1]
-        block_mask = sparse_mask(window, length, x.device) if self.compiled and x.is_cuda and window < length else None
+        block_mask = sparse_mask(window, length, x.device) if self.has_flex and window < length else None
         return self.head_loss(self.model.head, self.model.hidden(x, self.block, block_mask), y)
 
     def step(self, batches):
@@ -455,18 +487,33 @@ class Trainer:
         return total
 
     def warm_up(self, batch):
-        """Compiles and allocates by two steps on a dummy batch (x, y), then puts everything back as it was."""
+        """Compiles and allocates by two steps on a dummy batch (x, y), then puts everything back as it was. Where flex
+        attention fails, another kernel takes the short windows from here on."""
+        try:
+            return self.try_steps(batch)
+        except RuntimeError as error:
+            if not self.has_flex or is_out_of_memory(error):
+                raise
+            print(f"short windows are computed in blocks, as flex attention fails: {str(error)[:500]}", flush=True)
+            self.has_flex = False
+        self.try_steps(batch)  # here, where the error no longer holds the memory of the first attempt
+
+    def try_steps(self, batch):
+        """Two steps on a batch (x, y) that leave no trace, whether or not they fail."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         saved = [t.detach().clone() for t in tensors]
         optimizers = [self.muon, self.adamw]
         states = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
-        with torch.random.fork_rng():
-            for _ in range(2):
-                self.step([batch] * self.micro_batches)
-        with torch.no_grad():
-            torch._foreach_copy_(tensors, saved)
-        for optimizer, state in zip(optimizers, states):
-            optimizer.load_state_dict(state)
+        try:
+            with torch.random.fork_rng():
+                for _ in range(2):
+                    self.step([batch] * self.micro_batches)
+        finally:
+            self.model.zero_grad()
+            with torch.no_grad():
+                torch._foreach_copy_(tensors, saved)
+            for optimizer, state in zip(optimizers, states):
+                optimizer.load_state_dict(state)
 
 
 def shuffled_starts(num_tokens: int, length: int, rows: int, device):
@@ -558,8 +605,15 @@ def describe(model, data, tokens_per_step: int, compiled: bool):
         print("torch.compile does not work here (no C++ compiler?): running uncompiled", flush=True)
 
 
-def main():
-    data = prepare.load()
+def memory_hint(preset: str) -> str:
+    """What to change when memory ran out."""
+    rows = SIZES[preset]["MICRO_ROWS"]
+    return (f'Out of memory: in the line of "{preset}" of SIZES in train.py, lower MICRO_ROWS (now {rows}) to another '
+            "divisor of BATCH_ROWS: no result depends on it. At 1, lower BIGRAM_ROWS, HEADS or DEPTH.")
+
+
+def run(data):
+    """Trains on the data, writes the checkpoint, has it scored."""
     size = sizes()
     model = build_model(data.vocab_size, data.seq_len).to(data.device)
     compiled = can_compile(data.device.type)
@@ -574,6 +628,17 @@ def main():
     tokens = steps * tokens_per_step
     mfu = mfu_percent(flops_per_token(model, data.seq_len) * tokens / data.elapsed(), data.device)
     prepare.finish(model, steps=steps, tokens=tokens, depth=len(model.blocks), mfu_percent=mfu)
+
+
+def main():
+    torch.set_flush_denormal(True)  # a CPU takes far longer for numbers next to 0, which rare tokens' moments fade to
+    data = prepare.load()
+    try:
+        run(data)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(f"{error}\n{memory_hint(data.preset)}")
 
 
 if __name__ == "__main__":

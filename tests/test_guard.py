@@ -643,6 +643,6 @@ def test_no_coding_hides_lines_from_the_guard():
 
 def test_what_the_user_has_committed_is_not_held_against_an_edit():
     mine = "import os\n" + TRAIN
-    agent.guard(mine.replace("SOFTCAP = 15.0", "SOFTCAP = 16.0"), mine, {})
+    agent.guard(mine.replace("SOFTCAP = 30.0", "SOFTCAP = 31.0"), mine, {})
     with pytest.raises(agent.EditError, match="os.system"):
         agent.guard(mine + "os.system('ls')\n", mine, {})

@@ -17,7 +17,8 @@ import train
 ROOT = Path(__file__).parent.parent
 SOURCE = (ROOT / "train.py").read_text()
 STEP_LINE = re.compile(r"step (\d+) \(([\d.]+)%\) \| loss (\S+) \| lr ([\d.]+) \| tok/s ([\d,]+)")
-TINY = dict(DEPTH=3, HEADS=2, HEAD_DIM=16, WINDOW=8, VALUE_EVERY=2, BATCH_ROWS=4, MICRO_ROWS=4, MATRIX_LR=0.02)
+TINY = dict(DEPTH=3, HEADS=2, HEAD_DIM=16, WINDOW=8, VALUE_EVERY=2, BIGRAM_ROWS=1024, BATCH_ROWS=4, MICRO_ROWS=4,
+            MATRIX_LR=0.02, MUON_STEPS=5)
 VOCAB, SEQ_LEN = 64, 32
 
 
@@ -93,7 +94,29 @@ def test_short_windows_hide_what_is_far():
     changed = idx.clone()
     changed[:, 0] = (changed[:, 0] + 1) % VOCAB
     difference = (model(idx) - model(changed)).abs().amax(dim=(0, 2))
-    assert difference[14] > 1e-4 and difference[15:].max() < 1e-5  # two windows of 8 reach back 14 tokens
+    reach = 2 * (8 - 1 + train.CONV_TAPS) + 1  # of two blocks, and a pair at the end
+    assert difference[reach] > 1e-4 and difference[reach + 1 :].max() < 1e-5
+
+
+def test_the_short_convolution_is_torchs_own_forward_and_backward():
+    x, taps = torch.randn(2, 9, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    present_last = torch.cat([taps.flip(0), torch.ones(1, 5)]).mT[:, None]  # conv1d's order: the oldest token first
+    padded = torch.nn.functional.pad(x.mT, (3, 0))
+    reference = torch.nn.functional.conv1d(padded, present_last, groups=5).mT
+    torch.testing.assert_close(train.blend(x, taps), reference)
+    weights = torch.randn(2, 9, 5)
+    ours, theirs = (torch.autograd.grad((y * weights).sum(), (x, taps)) for y in (train.blend(x, taps), reference))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_pairs_depend_on_a_token_and_the_one_before_and_share_rows_as_rarely_as_random_ones():
+    idx = torch.tensor([[5, 7, 5, 7, 9, 7]])
+    a, b, c, d, e, f = train.pair_rows(idx, 1024)[0].tolist()
+    assert b == d and len({a, b, c, e, f}) == 5  # (5, 7) twice; (9, 7) is another pair
+    first, second = torch.meshgrid(torch.arange(181), torch.arange(181), indexing="ij")
+    rows = train.pair_rows(torch.stack([first, second], -1).view(-1, 2), 32768)[:, 1]
+    assert 0 <= rows.min() and rows.max() < 32768
+    assert len(rows.unique()) > 0.6 * len(rows)  # as random ones: 1 - 1 / e
 
 
 def test_rotary_attention_depends_on_distance_only():
@@ -132,7 +155,7 @@ def test_windows_follow_the_pattern_and_the_last_is_full(monkeypatch):
 
 @pytest.mark.parametrize("preset, vocab, seq_len, millions", [
     ("datacenter", 8192, 2048, (60, 180)), ("consumer", 8192, 1024, (20, 80)),
-    ("mac", 4096, 512, (3, 15)), ("cpu", 2048, 256, (1, 5)),
+    ("mac", 4096, 512, (10, 25)), ("cpu", 2048, 256, (4, 10)),
 ])
 def test_every_preset_builds_at_its_size(preset, vocab, seq_len, millions):
     size = SimpleNamespace(**train.SIZES[preset])
@@ -154,7 +177,7 @@ def test_attention_flops_count_the_keys_that_are_seen():
 # ---------------------------------------------------------------------------
 
 
-def slow_muon(weight, gradients, lr, momentum, decay):
+def slow_muon(weight, gradients, lr, momentum, decay, steps):
     """Muon for one matrix in float64, as the papers write it; the orthogonalisation follows the same polynomials."""
     rows, columns = weight.shape
     axis = 1 if rows >= columns else 0
@@ -163,7 +186,7 @@ def slow_muon(weight, gradients, lr, momentum, decay):
         velocity = momentum * velocity + (1 - momentum) * gradient
         u, s, vh = torch.linalg.svd((1 - momentum) * gradient + momentum * velocity, full_matrices=False)
         s = s / (1.02 * s.norm() + 1e-6)
-        for a, b, c in train.POLAR_EXPRESS:
+        for a, b, c in train.POLAR_EXPRESS[:steps]:
             s = a * s + b * s**3 + c * s**5
         update = u @ s.diag() @ vh
         power = train.NEURON_BETA * power + (1 - train.NEURON_BETA) * (update**2).mean(axis, keepdim=True)
@@ -173,24 +196,25 @@ def slow_muon(weight, gradients, lr, momentum, decay):
     return weight
 
 
-def test_muon_agrees_with_a_slow_float64_reference():
+@pytest.mark.parametrize("steps", sorted({size["MUON_STEPS"] for size in train.SIZES.values()}))
+def test_muon_agrees_with_a_slow_float64_reference(steps):
     weights = [torch.randn(shape) for shape in [(16, 16), (16, 16), (32, 16), (16, 32), (16, 16)]]
     gradients = [[torch.randn_like(w) for _ in range(3)] for w in weights]
     params = [torch.nn.Parameter(w.clone()) for w in weights]
-    muon = train.Muon(params, lr=0.05)
+    muon = train.Muon(params, lr=0.05, steps=steps)
     for i in range(3):
-        for param, steps in zip(params, gradients):
-            param.grad = steps[i]
+        for param, seen in zip(params, gradients):
+            param.grad = seen[i]
         muon.step()
-    for param, weight, steps in zip(params, weights, gradients):
-        steps = [gradient.double() for gradient in steps]
-        reference = slow_muon(weight.double(), steps, 0.05, train.MOMENTUM_START, train.MATRIX_DECAY)
+    for param, weight, seen in zip(params, weights, gradients):
+        seen = [gradient.double() for gradient in seen]
+        reference = slow_muon(weight.double(), seen, 0.05, train.MOMENTUM_START, train.MATRIX_DECAY, steps)
         torch.testing.assert_close(param.double(), reference, rtol=1e-3, atol=1e-4)
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():
     for shape in [(4, 32, 32), (4, 64, 32), (4, 32, 64)]:
-        values = torch.linalg.svdvals(train.orthogonalise(torch.randn(shape)))
+        values = torch.linalg.svdvals(train.orthogonalise(torch.randn(shape), 5))
         assert 0.6 < values.median() < 1.2 and values.max() < 1.3
 
 
@@ -238,6 +262,18 @@ def test_micro_batches_add_up_to_the_batch():
     torch.testing.assert_close(whole.model.head.weight, parts.model.head.weight, rtol=1e-2, atol=1e-4)
 
 
+def first_losses(stream, seed: int) -> list[float]:
+    torch.manual_seed(seed)
+    trainer, starts = tiny_trainer(), train.shuffled_starts(len(stream), SEQ_LEN, TINY["BATCH_ROWS"], "cpu")
+    rows = (stream[next(starts)[:, None] + torch.arange(SEQ_LEN + 1)] for _ in range(10))
+    return [trainer.step([(row[:, :-1], row[:, 1:])]).item() for row in rows]
+
+
+def test_the_same_seed_gives_the_same_first_ten_losses():
+    stream = torch.randint(VOCAB, (2000,))
+    assert first_losses(stream, 1) == first_losses(stream, 1) != first_losses(stream, 2)
+
+
 def everything(trainer):
     """All that training carries from step to step: tensors, optimizer state, gradients, random stream."""
     model = trainer.model
@@ -256,6 +292,32 @@ def test_warm_up_leaves_no_trace():
     for _ in range(3):
         losses = [trainer.step([(idx[:, :-1], idx[:, 1:])]) for trainer in (warm, cold)]
         torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
+def test_a_failing_warm_up_leaves_no_trace(monkeypatch):
+    trainer, idx = tiny_trainer(), tokens(length=SEQ_LEN + 1)
+    before, calls = everything(trainer), []
+
+    def fail_at_last(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("a kernel failed")
+        return torch.optim.AdamW.step(trainer.adamw)
+
+    monkeypatch.setattr(trainer.adamw, "step", fail_at_last)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        trainer.warm_up((idx[:, :-1], idx[:, 1:]))
+    torch.testing.assert_close(everything(trainer), before, rtol=0, atol=0)
+
+
+def test_where_flex_attention_fails_the_windows_are_computed_in_blocks(capsys):
+    trainer, plain, idx = tiny_trainer(), tiny_trainer(), tokens(length=SEQ_LEN + 1)
+    plain.model.load_state_dict(trainer.model.state_dict())
+    trainer.has_flex = True  # on a CPU it has no backward
+    trainer.warm_up((idx[:, :-1], idx[:, 1:]))
+    assert not trainer.has_flex and "as flex attention fails: " in capsys.readouterr().out
+    losses = [t.step([(idx[:, :-1], idx[:, 1:])]).item() for t in (trainer, plain) for _ in range(3)]
+    assert losses[:3] == losses[3:]
 
 
 @pytest.mark.parametrize("num_tokens, length, rows", [(1000, 10, 7), (33, 32, 4), (100, 32, 3)])
@@ -368,6 +430,16 @@ def test_without_a_compiler_it_runs_uncompiled_to_the_summary(data_cache, tmp_pa
     assert int(summary["num_steps"]) == steps[-1][0] and int(summary["depth"]) == train.SIZES["cpu"]["DEPTH"]
 
 
+def test_no_memory_is_answered_with_the_line_to_change():
+    with pytest.raises(RuntimeError) as ours:
+        torch.empty(2**60)
+    assert train.is_out_of_memory(ours.value)
+    assert 'in the line of "consumer" of SIZES in train.py, lower MICRO_ROWS (now 16)' in train.memory_hint("consumer")
+    with pytest.raises(RuntimeError) as other:
+        torch.ones(2) @ torch.ones(3)
+    assert not train.is_out_of_memory(other.value)
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run(data_cache, tmp_path):
     done = run("train.py", data_cache, tmp_path, path="", budget_s=30, MATRIX_LR="1e9")
@@ -419,7 +491,7 @@ def test_compiled_functions_compute_what_they_say():
     batch = torch.randn(3, 4, 32, 16)  # weights, gradients, velocity and what the mean square is taken from
     rates = torch.tensor([0.02, 0.9, 0.2, 0.95])
     updated = [
-        update(*batch[:2], *batch[2:3].clone(), train.neuron_power(batch[0]), *rates)
+        update(*batch[:2], *batch[2:3].clone(), train.neuron_power(batch[0]), *rates, steps=5)
         for update in (train.muon_update, torch.compile(train.muon_update, dynamic=False))
     ]
     torch.testing.assert_close(*updated, rtol=1e-3, atol=1e-4)
