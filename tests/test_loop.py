@@ -84,7 +84,7 @@ def test_every_row_is_in_the_file_as_the_commit_has_it(checkout, server):
     )
     assert rows[2]["val_bpb"] == "0.000000" and record[2].val_bpb is None
     assert rows[2]["status"] == "crash" and rows[2]["description"] == "bad (TypeError: no)"
-    assert rows[1]["memory_gb"] == "0.5" and rows[1]["seed"] == "42" and rows[1]["role"] == "-"
+    assert rows[1]["memory_gb"] == "0.5" and rows[1]["seed"] == "42" and rows[1]["role"] == "generalist"
     for row in rows:
         assert checkout.git("show", "-s", "--format=%s", row["commit"])
     assert "-Status" not in checkout.git("show", "-s", record[1].commit)
@@ -322,9 +322,9 @@ def test_the_request_holds_brief_best_history_diffs_and_log(checkout, server):
         for part in (
             "Lower the number.",
             "BPB = 1.05",
-            "score 1.05\n",
-            "score 1.3\n",
             "+BPB = 1.05",
+            "  score 1.05\n",
+            "  score 1.3\n",
             "Loss by share",
             "Propose experiment 0004",
         )

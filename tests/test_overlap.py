@@ -420,11 +420,11 @@ def test_a_failure_to_ask_ahead_costs_neither_the_experiment_nor_the_session(che
     """git cannot be started for a moment, just when the request is made."""
     plain, failed = agent.request, []
 
-    def request(s, program):
+    def request(s, asked):
         if s.results and s.results[-1].status == agent.RUNNING and not failed:
             failed.append(True)
             raise BlockingIOError(11, "Resource temporarily unavailable")
-        return plain(s, program)
+        return plain(s, asked)
 
     monkeypatch.setattr(agent, "request", request)
     assert ahead(checkout, server, sets("RATE = 0.5"), sets("RATE = 0.6"), sets("RATE = 0.7"), experiments=4) == 0
