@@ -817,16 +817,13 @@ def new_faults(tree: ast.Module, text: str, base: str) -> list[str]:
     return [fault for fault in faults(tree, text) if what(fault) not in old]
 
 def skeleton(text: str, base: str) -> list[str]:
-    """The tokens of a program without comments, docstrings and layout; variables and functions that its base has not
+    """The tokens of a program without comments, docstrings and layout; variables and arguments that its base has not
     are numbered. Empty where that cannot be had."""
-    def inner(node: ast.AST) -> str:
-        stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-        return node.id if stored else getattr(node, "arg" if isinstance(node, ast.arg) else "", "")
-
     try:
         known = {bound_name(node) or getattr(node, "id", "") for node in ast.walk(ast.parse(base))}
         tree = bare(text)
-        new = list(dict.fromkeys(name for node in ast.walk(tree) if (name := inner(node)) and name not in known))
+        new = dict.fromkeys(name for node in ast.walk(tree) if isinstance(node, (ast.Name, ast.arg))
+                            and (name := bound_name(node)) and name not in known)
         number = {name: f"new_{i}" for i, name in enumerate(new)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Name):
@@ -1311,8 +1308,9 @@ def dropped(results: list[Result], best: Result | None) -> list[Result]:
 
 def near_misses(results: list[Result], best: Result | None) -> list[Result]:
     """What was discarded on the best for a difference that another seed may turn round, the nearest first."""
-    return [r for r in dropped(results, best)
-            if r.val_bpb - (r.bar or best.val_bpb) < NEAR_MISS * noise_of(results, best.preset).sd]
+    found = dropped(results, best)
+    most = NEAR_MISS * noise_of(results, best.preset).sd if found else 0.0
+    return [r for r in found if r.val_bpb - (r.bar or best.val_bpb) < most]
 
 def history(results: list[Result]) -> str:
     """All experiments, one line each. Of many, the oldest are shortened, ROWS_STEP at once: the text seldom changes."""
