@@ -3,6 +3,7 @@
     python agent.py --hours 8                       with OPENAI_API_KEY, or OPENAI_BASE_URL for a local server
     python agent.py --proposer search --hours 1     without a model: local search over the hyperparameters
     python agent.py --status                        what the record says so far
+    python agent.py --report                        the same at length: runs/<tag>/report.md
     python agent.py --ask                           print one request to the model and its reply, train nothing
 
 The first start on a branch creates autoresearch/<tag> there; a start on such a branch goes on with it.
@@ -98,6 +99,11 @@ DAY_S = 86_400.0       # that a server's wish to be left alone counts, at most
 ASK_S, REFUSED_S, REST_S = 60.0, 900.0, 3600.0   # between two attempts while it does not answer, refuses, at most
 REPLY_TOKENS = 32_000  # that a reply may have, reasoning included
 CUT_CHARS = 8_000      # a request up to this length is never cut by a server
+NOTES_ROWS = 10        # experiments between two notes of the model
+NOTES_CHARS, NOTES_READ = 6_000, 65_536   # that a request shows of them; of which
+PAUSE_S = 600.0        # in which nothing ran, before the report tells of it
+FEW = 5                # keeps: of fewer, no interval of their gain is given
+PROSE_S = 45.0         # after the deadline, by when the report's prose must be there
 ROLE_ROWS, ROLE_TURNS = 40, 2      # the last experiments of the roles, by which they earn turns once each had so many
 STUCK_ROWS = 8         # without a keep, before the loop asks for something else
 NEAR_MISS = 3          # noises of a seed that a near miss may have missed by
@@ -149,12 +155,34 @@ exact lines of train.py
 new lines
 >>>>>>> REPLACE
 
-EXPECTED is the change of val_bpb that you expect. Then come the edits, as many as the one experiment needs:
+EXPECTED is the change of val_bpb that you expect. If the experiment tries an idea of the notes, a line `IDEA: n`
+names it by its number there. Then come the edits, as many as the one experiment needs:
 * `SET NAME = value` gives a hyperparameter line another literal. For a size in the table by preset it changes the
   active preset's entry only. Prefer it wherever it is enough.
 * A SEARCH/REPLACE block replaces lines of train.py. Copy the SEARCH lines exactly, whole lines, and enough of them that
   they occur only once. Several small blocks are better than a long one. Do not number lines.
 * Only if neither will do: the whole new file in one ```python fence, and no SET and no block.
+"""
+
+NOTES_FORMAT = """\
+No experiment this time, and not the form above. Write the notes of this research anew, for those who propose next: they
+see this record, but not what you make of it. Answer with these four sections and nothing else: one line an item, 60
+lines at most, 10 ideas at most, the most promising first, none that was tried.
+
+## Works
+- what is known to help: by which experiments, by how much, and whether that is more than the noise
+## Failed
+- what failed, by which experiments, and why
+## Untested
+- what nobody has tried, and what the record leaves open
+## Ideas
+1. one experiment. Why: the reason. Refuted if: the result that would show it to be wrong
+"""
+
+PROSE_FORMAT = """\
+You write up a night of research for the one who owns it. Below is the report that was made from its record. Say in
+plain sentences, in 250 words at most, without headings or lists: what was learned, what of it can be believed, what
+failed and why, and what to try next. Take every number from the report, and add none.
 """
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,6 +193,9 @@ class UserError(Exception):
 
 class EditError(Exception):
     """A reply that cannot be used; the message goes back to the model."""
+
+class Repeat(EditError):
+    """A reply that tries again what has been tried."""
 
 class NoReply(Exception):
     """The model's server gave no answer. kind: passing; unreachable; foreign, no such server; refused, for good; long,
@@ -229,7 +260,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What to try and why. `program` is the program.md that led to it."""
+    """What to try and why. `program` is the program.md that led to it, `notes` what was shown of the notes."""
     description: str
     edits: tuple[Edit, ...] = ()
     hypothesis: str = ""
@@ -239,7 +270,12 @@ class Proposal:
     tactic: str | None = None        # what was asked for while nothing was kept
     model: str = "-"
     program: str = ""
+    notes: str = ""
+    idea: str | None = None          # of the notes, that it tries
     llm_tokens: int | None = None
+    refused: int | None = None       # replies before it, and how many of them were repeats
+    repeats: int | None = None
+    stood_in: str | None = None      # why the search proposed it in the model's place
 
 @dataclass(frozen=True)
 class Knob:
@@ -303,6 +339,10 @@ class Result:
     bar: float | None = None         # what val_bpb is compared with: the best's worth; a repeat's program's before
     test_bpb: float | None = None    # of a run of the final verification
     tactic: str | None = None        # what the model was asked for, where nothing had been kept for long
+    idea: str | None = None          # these four as in Proposal
+    refused: int | None = None
+    repeats: int | None = None
+    stood_in: str | None = None
 
     @property
     def what(self) -> str:
@@ -329,6 +369,7 @@ class Endpoint:
     brief: bool = False              # requests are shortened, to fit the model's context
     tokens: int = 0                  # spent by this session
     spent: bool = False              # it was said that no more may be
+    silent: str = ""                 # why the search proposes in its place, or did last
     unusable: int = 0                # replies in a row
     rest_s: float = 0.0              # before it is asked again, doubled until it proposes; 0: it proposed last
     quiet_until: float = 0.0         # of time.monotonic: as the server asked for
@@ -363,6 +404,8 @@ class Session:
     diffs: dict[str, str] = field(default_factory=dict)   # by commit, or by two
     skeletons: dict[str, list[str]] = field(default_factory=dict)   # of discarded ones, by commit
     refused: list[str] = field(default_factory=list)      # since the last row
+    refusals: Counter[str] = field(default_factory=Counter)   # since the last proposal: all, and repeats
+    noting: threading.Lock = field(default_factory=threading.Lock)   # held while notes.md is changed
     turned: list[str] = field(default_factory=list)       # roles whose replies were no use
     rows: int = 0                    # recorded by this session
     drawn: float = field(default_factory=time.monotonic)  # when the picture was
@@ -805,7 +848,7 @@ def guard(text: str, base: str, known: dict[str, Result], rules: bool = True) ->
         raise EditError("The edit changes nothing but comments, docstrings or layout.")
     if earlier := known.get(key):
         outcome = f"{earlier.val_bpb:.6f}" if earlier.val_bpb else earlier.reason
-        raise EditError(f"This repeats experiment {earlier.id} ({earlier.status}, {outcome}): {earlier.description}.")
+        raise Repeat(f"This repeats experiment {earlier.id} ({earlier.status}, {outcome}): {earlier.description}.")
     if rules and (found := new_faults(tree, text, base)):
         raise EditError(" ".join(found[:3]))
 
@@ -860,7 +903,8 @@ FENCE = re.compile(r"^```[\w+-]*[ \t]*\n(.*?)^```", re.M | re.S)
 
 def reply_field(reply: str, name: str) -> str:
     """The text after `NAME:`, to the next field, edit or blank line, on one line."""
-    ends = r"\n[ \t]*\n|\n[ \t>#*]*(?:HYPOTHESIS|EXPECTED|DESCRIPTION)[ \t*]*:|\n[ \t>*`-]*SET |\n[ \t]*<<<<|\n```|\Z"
+    ends = (r"\n[ \t]*\n|\n[ \t>#*]*(?:HYPOTHESIS|EXPECTED|DESCRIPTION|IDEA)[ \t*]*:|"
+            r"\n[ \t>*`-]*SET |\n[ \t]*<<<<|\n```|\Z")
     found = re.search(rf"^[ \t>#*]*{name}[ \t*]*:[ \t*]*(.*?)(?={ends})", reply, re.M | re.S)
     return one_line(found[1]) if found else ""
 
@@ -887,15 +931,20 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
         raise EditError("The reply has no edit: no SET line, no SEARCH/REPLACE block, no fenced whole file.")
     return tuple(edit for _, edit in sorted(found, key=lambda pair: pair[0])) or (Edit("file", "", files[0]),)
 
+def without_thoughts(reply: str) -> str:
+    """A reply without what a reasoning model thinks aloud."""
+    return re.sub(r"<think>.*", "", reply.replace("\r\n", "\n").rpartition("</think>")[2], flags=re.S)
+
 def parse_reply(reply: str) -> Proposal:
-    """A model's reply as a Proposal. Raises EditError."""
-    reply = re.sub(r"<think>.*", "", reply.replace("\r\n", "\n").rpartition("</think>")[2], flags=re.S)
+    """A model's reply as a Proposal; its idea is what the reply says of it. Raises EditError."""
+    reply = without_thoughts(reply)
     edits = reply_edits(reply)
     hypothesis = reply_field(reply, "HYPOTHESIS")[:1000]
     sets = ", ".join(f"{edit.old} = {edit.new}" for edit in edits if edit.kind == "set")
     description = reply_field(reply, "DESCRIPTION") or sets or hypothesis or "no description"
     number = re.search(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?", reply_field(reply, "EXPECTED").replace("\u2212", "-"))
-    return Proposal(description[:80].strip(), edits, hypothesis, float(number[0]) if number else None)
+    return Proposal(description[:80].strip(), edits, hypothesis, float(number[0]) if number else None,
+                    idea=reply_field(BLOCK.sub("", reply), "IDEA") or None)
 
 def checked(reply: str, base: str, preset: str, known: dict[str, Result], rules: bool = True) -> tuple[Proposal, str]:
     """A reply as (proposal, text): parsed, applied to `base`, guarded. Raises EditError."""
@@ -1312,11 +1361,11 @@ def near_misses(results: list[Result], best: Result | None) -> list[Result]:
     most = NEAR_MISS * noise_of(results, best.preset).sd if found else 0.0
     return [r for r in found if r.val_bpb - (r.bar or best.val_bpb) < most]
 
-def history(results: list[Result]) -> str:
-    """All experiments, one line each. Of many, the oldest are shortened, ROWS_STEP at once: the text seldom changes."""
+def history(results: list[Result]) -> list[str]:
+    """All experiments, a line each. Of many, the oldest are shortened, ROWS_STEP at once: the text seldom changes."""
     shortened = max(0, len(results) - FULL_ROWS) // ROWS_STEP * ROWS_STEP
     short = [r.status != "keep" and i < shortened for i, r in enumerate(results)]
-    return "\n".join(f"{r.tag}/{short_line(r) if cut else result_line(r)}" for r, cut in zip(results, short))
+    return [f"{r.tag}/{short_line(r) if cut else result_line(r)}" for r, cut in zip(results, short)]
 
 def short_line(r: Result) -> str:
     """An experiment on less than a line."""
@@ -1334,6 +1383,230 @@ def next_tactic(results: list[Result], best: Result | None) -> str:
                     earlier=len(keeps) > 2)
     tactics = [name for name in TACTICS if possible[name]]
     return tactics[used % len(tactics)]
+
+ITEM = re.compile(r"(?:[-*+]|\d+[.)])[ \t]+")   # what leads an item of a list; what is indented belongs to one
+HEADING = re.compile(r"\ufeff?##?[ \t]+(.*\S)")
+
+def experiments(results: list[Result]) -> list[Result]:
+    """What was proposed and has a verdict."""
+    return [r for r in results if r.status not in ("verify", RUNNING) and r.proposer != "baseline"]
+
+def line_key(line: str) -> str:
+    """A line of the notes without its rank, to know it again."""
+    return one_line(ITEM.sub("", line.strip(), 1))[:300].strip()
+
+def lists_ideas(heading: str) -> bool:
+    """Whether what stands under a heading is the list of ideas."""
+    return bool(re.fullmatch(r"(?!fail|tried|old|bad|dead|reject)(?:\w+ )?ideas?( \(.*\))?", heading, re.I))
+
+def note_sections(notes: str) -> dict[str, list[str]]:
+    """The lines of notes by their headings, without empty ones; what stands above the first: by the empty name."""
+    sections, name = {"": []}, ""
+    for line in notes.splitlines():
+        if found := HEADING.match(line):
+            name = found[1].strip("*: ")
+            sections.setdefault(name, [])
+        elif line.strip("\ufeff \t"):
+            sections[name].append(line.rstrip())
+    return sections
+
+def note_text(sections: Mapping[str, list[str]]) -> str:
+    """Sections as notes, their ideas numbered."""
+    rank, parts = itertools.count(1), []
+    for name, lines in sections.items():
+        if lists_ideas(name):
+            lines = [f"{next(rank)}. {ITEM.sub('', line, 1)}" if ITEM.match(line) else line for line in lines]
+        if name or lines:
+            parts.append("\n".join([f"## {name}"] * bool(name) + lines) + "\n")
+    return "\n".join(parts)
+
+def ideas_of(notes: str) -> list[str]:
+    """The ideas of the notes, best first, as line_key() has them."""
+    return [line_key(line) for name, lines in note_sections(notes).items() if lists_ideas(name)
+            for line in lines if ITEM.match(line)]
+
+def idea_named(name: str | None, notes: str) -> str | None:
+    """The idea that a reply's number, or words, are about; None where they are about none."""
+    ideas, words = ideas_of(notes), line_key(name or "").lower()
+    if found := re.match(r"\W*(?:idea|number|no)?\W*(\d+)\s*(?:$|\.(?!\d)|[^\w\s.])", name or "", re.I):
+        return ideas[int(found[1]) - 1] if 0 < int(found[1]) <= len(ideas) else None
+    return next((idea for idea in ideas if len(words) > 8 and words in idea.lower()), None)
+
+def without_ideas(notes: str, gone: set[str]) -> str:
+    """The notes without these ideas, and the indented lines below each; all else is as it was."""
+    kept, drops, here = [], False, False
+    for line in notes.splitlines(keepends=True):
+        if found := HEADING.match(line):
+            here, drops = lists_ideas(found[1].strip("*: ")), False
+        elif ITEM.match(line):
+            drops = here and line_key(line) in gone
+        elif not line[:1].isspace() or not line.strip():
+            drops = False
+        kept += [line] * (not drops)
+    return "".join(kept)
+
+def shown_notes(notes: str, chars: int) -> str:
+    """The notes as a request shows them: cut to a length, by the last lines of long sections."""
+    sections = note_sections(notes[:NOTES_READ].encode("utf-8", "replace").decode())
+    while any(sections.values()) and len(note_text(sections)) > chars:
+        max(sections.values(), key=lambda lines: sum(map(len, lines))).pop()
+    return note_text(sections)
+
+def note_lines(notes: str) -> dict[str, str]:
+    """The notes' lines, headings among them, by their keys."""
+    return {line_key(line): line for name, lines in note_sections(notes).items()
+            for line in [*[f"## {name}"] * bool(name), *lines]}
+
+def edits_of_user(versions: list[tuple[str, str]]) -> tuple[set[str], set[str]]:
+    """The keys of the lines that the user added to the notes, and took out; indented ones go with those above them.
+
+    versions: pairs of what was written and, before the next was, found.
+    """
+    added, gone = set(), set()
+    for written, found in versions:
+        before, after = note_lines(written), note_lines(found)
+        new, old = after.keys() - before, before.keys() - after
+        added, gone = (added | new) - old, (gone | {key for key in old if not before[key][:1].isspace()}) - new
+    return added, gone
+
+def merged_notes(reply: str, found: str, added: set[str], gone: set[str]) -> str:
+    """New notes of the model, without lines that are gone, and with the user's as they were found, first under their
+    headings: a cut leaves them."""
+    sections = {name: [line for line in lines
+                       if line_key(line) not in added and (line[:1].isspace() or line_key(line) not in gone)]
+                for name, lines in note_sections(without_ideas(reply, gone)).items() if name}
+    for name, lines in note_sections(found).items():
+        same = next((other for other in sections if other.lower() == name.lower()), name)
+        theirs, others, alone = [], [], True   # an indented line goes with the one above it, if that is the user's
+        for line in lines:
+            alone = alone if line[:1].isspace() else line_key(line) not in added
+            if line_key(line) in added:
+                (others if alone else theirs).append(line)
+        if theirs or others or f"## {name}" in added:
+            sections[same] = others + theirs + sections.get(same, [])
+    return note_text({"": sections.pop("", []), **sections})
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pure: the report
+
+def headings(text: str) -> list[str]:
+    """For every line of a program the comment at the margin that it stands under, up to its first colon or stop."""
+    found, heading, before = [], "the beginning", ""
+    for line in text.splitlines():
+        if line[:2] == "# " and line.strip("# -=") and not before.strip("# -="):
+            heading = re.split(r"[:.]", line[2:], maxsplit=1)[0].strip()[:40]
+        found.append(heading)
+        before = line
+    return found or [heading]
+
+def theme(old: str, new: str) -> str:
+    """The heading of train.py that most of a change stands under."""
+    lines, changed = headings(old), Counter()
+    matcher = difflib.SequenceMatcher(None, old.splitlines(), new.splitlines(), autojunk=False)
+    for tag, begin, end, begin_new, end_new in matcher.get_opcodes():
+        if tag != "equal":
+            changed[lines[min(max(begin, end - 1), len(lines) - 1)]] += max(end - begin, end_new - begin_new)
+    return changed.most_common(1)[0][0] if changed else "nothing"
+
+def gained(r: Result) -> float:
+    """How far a keep was below what it had to be below; 0 for what is none."""
+    return r.bar - r.val_bpb if r.status == "keep" and r.bar else 0.0
+
+def wilson(kept: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson's)."""
+    z, p = 1.96, kept / of
+    middle, off = p + z * z / (2 * of), z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
+    return max(0.0, (middle - off) / (1 + z * z / of)), min(1.0, (middle + off) / (1 + z * z / of))
+
+def hours_of(results: list[Result]) -> dict[str, float]:
+    """The hours that experiments took by the clock, by commit: with waits for the model and repeats, but of a pause
+    PAUSE_S only, and without the final verification.
+
+    results: of whole branches, in their order.
+    """
+    hours, last = Counter(), ""
+    for before, r in zip([None, *results], results):
+        since_s = seconds_of(r.time) - seconds_of(before.time) if before and before.tag == r.tag else 0.0
+        last = last if r.status == "verify" else r.commit
+        if r.seed not in VERIFY_SEEDS:
+            hours[last] += min(max(since_s, r.wall_s), r.wall_s + PAUSE_S) / 3600
+    return hours
+
+def gain_an_hour(rows: list[Result], hours: Mapping[str, float]) -> str:
+    """What the keeps gained per hour of all these experiments, and the 95 % interval of it, by drawing rows anew."""
+    gains, spent = [gained(r) for r in rows], [hours[r.commit] for r in rows]
+    rate = f"{sum(gains) / sum(spent):.4f}"
+    if sum(r.status == "keep" for r in rows) < FEW:
+        return f"{rate} (too few keeps)"
+    import numpy as np
+    picks = np.random.default_rng(0).integers(len(rows), size=(2000, len(rows)))
+    low, high = np.quantile(np.array(gains)[picks].sum(1) / np.array(spent)[picks].sum(1), (0.025, 0.975))
+    return f"{rate} ({low:.4f} to {high:.4f})"
+
+def markdown_table(head: list[str], rows: list[list[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(one_line(str(cell)).replace("|", "/") for cell in line) + " |" for line in lines)
+
+def outcome_table(name: str, rows: list[Result], group_of: Callable[[Result], str]) -> str:
+    """What came of experiments by group, the most frequent first."""
+    groups = defaultdict(list)
+    for r in rows:
+        groups[group_of(r)].append(r)
+    lines = []
+    for group, members in sorted(groups.items(), key=lambda item: -len(item[1])):
+        status = Counter(r.status for r in members)
+        missed = [r.val_bpb - r.bar for r in members if r.status == "discard" and r.bar and (r.val_bpb or 0) >= r.bar]
+        lines.append([group, len(members), status["keep"], status["crash"], status["invalid"],
+                      f"{sum(map(gained, members)):.4f}", f"{min(missed):+.4f}" if missed else "-",
+                      f"{sum(r.llm_tokens or 0 for r in members):,}"])
+    return markdown_table([name, "tried", "kept", "crashed", "invalid", "gain", "nearest discard", "tokens"], lines)
+
+def brief_table(rows: list[Result], briefs: Mapping[str, str], hours: Mapping[str, float]) -> str:
+    """What each brief and model achieved: experiments, keeps, gain an hour, with 95 % intervals, and how to read it.
+
+    briefs, hours: by commit.
+    """
+    groups = defaultdict(list)
+    for r in rows:
+        groups[("any", "search") if r.proposer == "search" else (briefs[r.commit][:7], r.model)].append(r)
+    lines = []
+    for (brief, model), members in groups.items():
+        last = max(members, key=lambda r: (r.time, int(r.id)))
+        kept = sum(r.status == "keep" for r in members)
+        least, most = wilson(kept, len(members))
+        lines.append([brief, model, f"{last.tag}/{last.id}", len(members),
+                      f"{kept} ({kept / len(members):.0%}, {least:.0%} to {most:.0%})",
+                      gain_an_hour(members, hours)])
+    head = ["brief", "model", "last used", "tried", "kept (95 % interval)", "gain an hour (95 % interval)"]
+    return f"""{markdown_table(head, lines)}
+
+A brief is the program.md in an experiment's commit: `git show refs/autoresearch/TAG/ID:./program.md`. All branches with
+the same data, device and budget count. An hour is by the clock, with waits for the model and repeats, but of a pause
+{PAUSE_S / 60:g} minutes only, and without the final verification. The intervals are of so many draws only. A gain is
+partly luck, and a later brief starts from a better program, where gains are harder: to compare two, begin a branch with
+each from the same commit."""
+
+def anomalies(mine: list[Result]) -> list[str]:
+    """What a reader of a branch's numbers should know, a line each."""
+    found, refused = [], sum(r.refused or 0 for r in mine)
+    if refused:
+        found.append(f"{refused} replies were refused before training, {sum(r.repeats or 0 for r in mine)} of them as "
+                     "repeats")
+    for status in ("invalid", "crash"):
+        rows = [r for r in mine if r.status == status]
+        reasons = "; ".join(f"{n} x {why}" for why, n in Counter(r.reason[:80] for r in rows).most_common(5))
+        found += [f"{len(rows)} {status} ({', '.join(r.id for r in rows[:12])}): {reasons}"] * bool(rows)
+    for r in (r for r in mine if r.status == "verify" and has_score(r)):
+        first = next(other for other in mine if other.text_key == r.text_key)
+        if not is_as_fast(r, first):
+            found.append(f"drift: {r.id}, a repeat of {first.id}, saw {r.tokens_M / first.tokens_M - 1:+.1%} tokens")
+    if why := Counter(r.stood_in[:80] for r in mine if r.stood_in):
+        reasons = "; ".join(f"{n} x {reason}" for reason, n in why.most_common(5))
+        found.append(f"{why.total()} proposed by the search in the model's place: {reasons}")
+    pauses = [(seconds_of(r.time) - r.wall_s - seconds_of(before.time), r.id) for before, r in zip(mine, mine[1:])]
+    found += [f"nothing ran for {pause / 3600:.1f} h before {id}" for pause, id in sorted(pauses)[:-6:-1]
+              if pause > PAUSE_S]
+    return found
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Effects: git
@@ -1366,6 +1639,18 @@ def git_error() -> type[Exception]:
 def file_at(config: Config, commit: str, name: str) -> str:
     """A file of the checkout as a commit has it, to the last newline."""
     return git(config, "cat-file", "blob", f"{commit}:./{name}", strip=False)
+
+def files_at(config: Config, commits: list[str], name: str) -> list[str]:
+    """A file of the checkout as each of these commits has it, empty where one has none: by one process."""
+    prefix = git(config, "rev-parse", "--show-prefix")
+    asked = "".join(f"{commit}:{prefix}{name}\n" for commit in commits)
+    rest, texts = git(config, "cat-file", "--batch", strip=False, stdin=asked).encode("utf-8", "surrogateescape"), []
+    for _ in commits:
+        head, _, rest = rest.partition(b"\n")
+        size = int(head.split()[2]) if head.split()[1:2] == [b"blob"] else None
+        texts.append(rest[:size or 0].decode("utf-8", "surrogateescape"))
+        rest = rest if size is None else rest[size + 1:]   # a line end follows
+    return texts
 
 def read_record(config: Config) -> list[Result]:
     """Every experiment that refs/autoresearch holds, by tag and id. Raises UserError for a ref that holds none."""
@@ -1556,6 +1841,7 @@ def mend(s: Session, record: list[Result]) -> None:
         s.screen.say(f"results.tsv says something else than git of {', '.join(edited)}, and is left so. To have git's "
                      f"rows again: rm results.tsv, then start")
     mend_folders(s)
+    mend_notes(s)
 
 def mend_folders(s: Session) -> None:
     """Delete what is large in the runs' folders, but make the best's the new best/ where that is still another's."""
@@ -2634,6 +2920,7 @@ def fall_back(s: Session, error: NoReply) -> None:
     if s.llm.starting and error.kind not in ("passing", "spent") and not answered_before:
         what = "the request is too long for it: " * (error.kind == "long")
         raise UserError(f"{s.config.base_url}, model {s.llm.model}: {what}{error}. {WAYS_ON}")
+    s.llm.silent = str(error)
     if error.kind != "spent":
         first_s = REFUSED_S if error.kind == "refused" else min(ASK_S, s.config.outage_s)
         s.llm.rest_s = min(max(first_s, 2 * s.llm.rest_s), REST_S)
@@ -2647,30 +2934,37 @@ def fall_back(s: Session, error: NoReply) -> None:
 def chosen(s: Session, program: str) -> Proposal:
     """Who is to propose next, and by what tactic, as a proposal that has nothing else yet."""
     role = next_role(roles_of(program)[1], s.results, s.turned)
-    return Proposal("", role=role, tactic=next_tactic(s.results, s.best) or None, program=program)
+    return Proposal("", role=role, tactic=next_tactic(s.results, s.best) or None, program=program,
+                    notes=read_notes(s))
 
 def request(s: Session, asked: Proposal) -> list[dict]:
-    """The messages that ask for a proposal: what stays the same longest stands first, for the server's prompt cache."""
+    """The messages that ask for a proposal."""
     read_skeletons(s)
-    common, roles = roles_of(asked.program)
+    return messages_of(s, asked, asked_now(s, asked))
+
+def messages_of(s: Session, asked: Proposal, end: list[str]) -> list[dict]:
+    """All that a request shows, then its end: what stays the same longest stands first, for prompt caches."""
     listed = [r for r in s.results if not s.llm.brief or r.status == "keep" or r in s.results[-BRIEF_ROWS:]]
-    parts = [f"# The brief (program.md)\n\n{common}",
+    parts = [f"# The brief (program.md)\n\n{roles_of(asked.program)[0]}",
              f"# Facts\n\nPreset {s.data.preset}, data {s.data.name}, device {s.device}, "
              f"{s.config.budget_s:g} s of training.",
              f"# The best train.py so far\n\n```python\n{s.text}```",
-             *memory(s, listed), *lately(s, listed, asked.tactic), *asked_now(s, asked, roles)]
+             *memory(s, listed, asked.notes), *lately(s, listed, asked.tactic), *end]
     return [{"role": "system", "content": REPLY_FORMAT}, {"role": "user", "content": "\n\n".join(parts)}]
 
-def memory(s: Session, listed: list[Result]) -> list[str]:
-    """The part of a request that seldom changes but at its end until there is a keep: the keeps as diffs, all rows."""
+def memory(s: Session, listed: list[Result], notes: str) -> list[str]:
+    """The part of a request that seldom changes but at its end until there is a keep: keeps as diffs, notes, rows."""
     keeps = [shown_diff(s, r) for r in listed if r.status == "keep" and r.proposer != "baseline"]
     keeps = keeps[-1:] if s.llm.brief else keeps
     while len(keeps) > 1 and sum(map(len, keeps)) > KEEP_CHARS:
         del keeps[0]
     parts = ["# The keeps as diffs\n\n" + "\n\n".join(keeps)] if keeps else []
-    return [*parts, f"# Every experiment so far\n\nid, status, val_bpb (but of old ones), difference to what it had to "
-                    f"be below, what it was\n\n"
-                    f"{history(listed) or 'none: the baseline is next'}"]
+    lines, last = history(listed), last_noted(s) if notes else s.next_id
+    seen = sum(r.tag != s.config.tag or int(r.id) <= last for r in listed)   # by those who wrote the notes
+    parts.append("# Every experiment so far\n\nid, status, val_bpb (but of old ones), difference to what it had to be "
+                 "below, what it was\n\n" + ("\n".join(lines[:seen]) or "none: the baseline is next" * (not lines)))
+    parts += [f"# The notes on this research\n\n{notes}"] if notes else []
+    return parts + ["# The experiments since these notes\n\n" + "\n".join(lines[seen:])] * (seen < len(lines))
 
 def lately(s: Session, listed: list[Result], tactic: str | None) -> list[str]:
     """The part of a request about the present: what runs, what nearly was a keep, the last diffs, the last run."""
@@ -2707,14 +3001,17 @@ def beginning(text: str) -> str:
     more = len(text.splitlines()) - len(lines)
     return "\n".join(lines)[:SHOWN_CHARS] + (f"\n[and {more} more lines]" if more else "")
 
-def asked_now(s: Session, asked: Proposal, roles: dict[str, str]) -> list[str]:
+def asked_now(s: Session, asked: Proposal) -> list[str]:
     """The end of a request: what differs from one to the next."""
+    roles = roles_of(asked.program)[1]
     best = (f"experiment {s.best.id}, val_bpb {s.value:.6f}, {mean_of(len(present_runs(s.results, s.best)))}"
             if s.best else "not measured yet")
     parts = [f"# Nothing was kept for long\n\n{tactic_text(s, asked.tactic)}"] if asked.tactic else []
     parts += [f"# Your role this time: {asked.role}\n\n{roles[asked.role]}"] if asked.role in roles else []
+    ideas = (" Take the idea of the notes that promises most and fits what is asked for here, or a better one."
+             if ideas_of(asked.notes) else "")
     return [*parts, f"# Now\n\nThe best is {best}; {noise_of(s.results, s.data.preset)}. Propose experiment "
-                    f"{s.proposal_id}: edits of the best train.py above."]
+                    f"{s.proposal_id}: edits of the best train.py above.{ideas}"]
 
 def tactic_text(s: Session, tactic: str) -> str:
     """What a tactic asks the model for, with the diffs that it is about."""
@@ -2737,21 +3034,130 @@ def tactic_text(s: Session, tactic: str) -> str:
     return ("Constants have stopped paying. Propose a change of structure: of the model, the optimizer, the order of "
             "the data or the loop, by blocks and not by SET lines alone.")
 
+def notes_file(path: Path) -> str:
+    """A file of notes as it is; empty where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return read_text(path)
+    return ""
+
+def read_notes(s: Session) -> str:
+    """What a request shows of runs/<tag>/notes.md: not the idea that runs now."""
+    notes = without_ideas(notes_file(s.runs / "notes.md"), {r.idea for r in s.results if r.status == RUNNING})
+    return shown_notes(notes, NOTES_CHARS // (4 if s.llm.brief else 1))
+
+def noted(s: Session) -> list[Path]:
+    """The folders of the experiments after which notes were written, oldest first. Each keeps these as notes.md; as
+    notes.before.md those that it found, where the user had changed them."""
+    folders = [path.parent for path in s.runs.glob("*/notes.md") if path.parent.name.isdigit()]
+    return sorted((path for path in folders if int(path.name) < s.next_id), key=lambda path: int(path.name))
+
+def last_noted(s: Session) -> int:
+    """The id of the last experiment that the notes were written after; 0 where there is none."""
+    return int(folders[-1].name) if (folders := noted(s)) else 0
+
+def notes_due(s: Session) -> bool:
+    """Whether there are NOTES_ROWS new experiments, or nothing was kept for long and no notes are of since then."""
+    last = last_noted(s)
+    new = sum(int(r.id) > last for r in experiments(s.mine))
+    return new >= NOTES_ROWS or STUCK_ROWS <= misses(s.results) <= new
+
+def note_versions(s: Session) -> tuple[list[str], list[str]]:
+    """What was written as notes, beginning with nothing, and what was found before each but the first."""
+    folders = noted(s)
+    written = ["", *(notes_file(folder / "notes.md") for folder in folders)]
+    found = [notes_file(path) if (path := folder / "notes.before.md").exists() else text
+             for folder, text in zip(folders, written)]
+    return written, found
+
+def changes_of_user(s: Session, present: str) -> tuple[set[str], set[str]]:
+    """The keys of the lines that the user added to the notes, and took out, up to their present text. A file that is
+    gone says nothing, an empty one that all is to go."""
+    written, found = note_versions(s)
+    last = present if (s.runs / "notes.md").exists() else written[-1]
+    return edits_of_user(list(zip(written, [*found, last])))
+
+def notes_request(s: Session, asked: Proposal, present: str) -> list[dict]:
+    """The messages that ask for notes, and say what the user has changed in the present ones."""
+    added, gone = changes_of_user(s, present)
+    gone -= {r.idea for r in s.results}
+    ours = "\n".join(line for key, line in note_lines(present).items() if key in added)[:NOTES_CHARS]
+    out = dict.fromkeys(key for text in note_versions(s)[0][::-1] for key in note_lines(text) if key in gone)
+    theirs = "\n".join(list(out)[:30])
+    parts = [NOTES_FORMAT]
+    parts += [f"The owner of this research wrote these lines; keep each as it is:\n\n{ours}"] * bool(ours)
+    parts += [f"These lines are out; do not say again what they say:\n\n{theirs}"] * bool(theirs)
+    end = "\n\n".join(["# Now", *parts]).encode("utf-8", "replace").decode()
+    return messages_of(s, replace(asked, tactic=None), [end])
+
+def renew_notes(s: Session, asked: Proposal) -> None:
+    """Have the model write notes.md anew. Raises NoReply, and is not due at once again then."""
+    row = experiments(s.mine)[-1]
+    try:
+        reply = ask(s, notes_request(s, asked, notes_file(s.runs / "notes.md")))
+    except NoReply:
+        file_notes(s, row.id, "")
+        raise
+    text = re.sub(r"^[ \t]*```.*\n?", "", without_thoughts(reply.text), flags=re.M)
+    text = re.sub(r"^(?:#+[ \t]*|\*\*)(Works|Failed|Untested|Ideas)\b:?(?:\*\*)?:?", r"## \1", text, flags=re.M)
+    fault = "the reply was cut off" if reply.cut else "" if ideas_of(text) else "the reply has no list of ideas"
+    ideas = len(ideas_of(file_notes(s, row.id, "" if fault else text)))
+    s.screen.say(f"      notes after {row.id}: {fault or f'{ideas} ideas'}; runs/{s.config.tag}/notes.md")
+
+def file_notes(s: Session, id: str, text: str) -> str:
+    """Make a model's notes, if any, notes.md, as of an experiment; returns it. The user's lines stay, or stay out; a
+    file that cannot be read stays as it is."""
+    path, folder = s.runs / "notes.md", s.runs / id
+    with s.noting:
+        written = note_versions(s)[0][-1]
+        folder.mkdir(exist_ok=True)
+        try:
+            present = read_text(path)
+        except OSError:
+            write_whole(folder / "notes.md", written)
+            return written
+        added, gone = changes_of_user(s, present)
+        gone |= {r.idea for r in s.results if r.idea and r.status != RUNNING}
+        new = merged_notes(text, present, added, gone) if text else present
+        if path.exists() and present != written:
+            write_whole(folder / "notes.before.md", present)
+        write_whole(folder / "notes.md", new)
+        if new != present:
+            write_whole(path, new)   # last: see mend_notes()
+    return new
+
+def strike_idea(s: Session, idea: str) -> None:
+    """Take an idea that was tried out of notes.md; all else stays. A file that cannot be changed stays as it is."""
+    path = s.runs / "notes.md"
+    with s.noting, contextlib.suppress(OSError):
+        notes = read_text(path)
+        if (left := without_ideas(notes, {idea})) != notes:
+            write_whole(path, left)
+
+def mend_notes(s: Session) -> None:
+    """Finish notes that were cut off between their two files: notes.md is the older one, and as it was found. So with
+    an idea of the last experiment."""
+    path, (written, found) = s.runs / "notes.md", note_versions(s)
+    if found and (present := notes_file(path)) and present == found[-1] != written[-1]:
+        if path.stat().st_mtime < (noted(s)[-1] / "notes.md").stat().st_mtime:
+            write_whole(path, written[-1])
+    if (done := experiments(s.mine)) and done[-1].idea:
+        strike_idea(s, done[-1].idea)
+
 def read_skeletons(s: Session) -> None:
     """Know what was discarded on the best, for refuse_near(): by itself, as git would count as a process of a run."""
-    known = {}
-    for r in dropped(s.results, s.best):
-        text = "" if r.commit in s.skeletons else file_at(s.config, r.commit, "train.py")
-        known[r.commit] = s.skeletons.get(r.commit) or skeleton(text, s.text)
-    s.skeletons = known
+    commits = [r.commit for r in dropped(s.results, s.best)]
+    new = [commit for commit in commits if commit not in s.skeletons]
+    texts = files_at(s.config, new, "train.py") if new else []
+    read = {commit: skeleton(text, s.text) for commit, text in zip(new, texts)}
+    s.skeletons = {commit: read[commit] if commit in read else s.skeletons[commit] for commit in commits}
 
 def refuse_near(s: Session, text: str) -> None:
     """Raise EditError where a text is one that was discarded on the same best, but for names and a hair's breadth."""
     ours = skeleton(text, s.text)
     for r in dropped(s.results, s.best):
         if is_near(ours, s.skeletons.get(r.commit, [])):
-            raise EditError(f"But for names, or numbers within {NEAR:.0%}, this repeats an experiment on the same "
-                            f"best: {one_line(result_line(r))}")
+            raise Repeat(f"But for names, or numbers within {NEAR:.0%}, this repeats an experiment on the same "
+                         f"best: {one_line(result_line(r))}")
 
 def diff_of(s: Session, r: Result) -> str:
     """What an experiment changed in train.py."""
@@ -2785,13 +3191,18 @@ def converse(s: Session, messages: list[dict], base: str, asked: Proposal) -> tu
             if reply.cut:
                 raise EditError(f"The reply was cut off after {len(reply.text)} characters by a limit of its length. "
                                 f"Think less and send a shorter one: SET lines, or small blocks.")
+            idea = idea_named(parse_reply(reply.text).idea, asked.notes)
             proposal, text = checked(reply.text, base, s.data.preset, known, s.config.rules)
             refuse_near(s, text)
             s.llm.unusable, s.llm.rest_s = 0, 0.0
-            return replace(proposal, model=s.llm.model, program=asked.program, role=asked.role,
-                           tactic=asked.tactic), text
+            return replace(proposal, model=s.llm.model, program=asked.program, role=asked.role, tactic=asked.tactic,
+                           notes=asked.notes, idea=idea or asked.idea), text
         except EditError as error:
+            if isinstance(error, Repeat) and idea:   # it was tried, under another name
+                strike_idea(s, idea)
+                s.screen.say(f"      taken out of the notes, as it was tried: {idea[:100]}")
             s.llm.unusable += 1
+            s.refusals.update(["all", "repeats"] if isinstance(error, Repeat) else ["all"])
             s.refused.append(one_line(str(error))[:300])
             s.screen.say(f"      refused before training: {s.refused[-1][:160]}")
             lesson = f"{error}\n\nNothing was run. Send the whole reply again, every edit of it, in the same form."
@@ -3016,12 +3427,23 @@ def candidate(s: Session) -> Candidate:
                 raise
             pause(s, ASK_S, f"waiting: no answer from {s.llm.model}, and nothing that the search has not tried")
 
+def with_refusals(s: Session, proposal: Proposal) -> Proposal:
+    """A proposal that also counts what was refused since the last one was asked for this."""
+    refused, repeats = (s.refusals[name] + (count or 0)
+                        for name, count in (("all", proposal.refused), ("repeats", proposal.repeats)))
+    s.refusals = Counter()
+    return replace(proposal, refused=refused or None, repeats=repeats or None)
+
 def complete(s: Session, found: tuple[Proposal, str] | None, program: str, spent: int) -> Candidate:
-    """What the model proposed, or else the search, with the brief and the tokens since `spent`. Raises UserError."""
+    """What the model proposed, or else the search, with the brief and what was spent and refused. Raises UserError.
+
+    spent: the session's tokens before it was asked for.
+    """
+    instead = None if found or is_for_search(s) else s.llm.silent
     proposal, text = found or search_proposal(
         s.text, s.data.preset, f"{s.config.tag}/{s.proposal_id}", tried(s.results))
-    proposal = replace(proposal, program=program, llm_tokens=s.tokens - spent or None)
-    return Candidate(proposal, text, s.text, s.proposal_id)
+    proposal = replace(proposal, program=program, llm_tokens=s.tokens - spent or None, stood_in=instead)
+    return Candidate(with_refusals(s, proposal), text, s.text, s.proposal_id)
 
 def is_for_search(s: Session) -> bool:
     """Whether it is the search's turn to propose."""
@@ -3044,7 +3466,10 @@ def fitting(s: Session) -> Candidate | None:
             read_skeletons(s)   # the last run's, too
             refuse_near(s, text)
     except EditError as error:
-        s.tokens += proposal.llm_tokens or 0   # the next one's
+        s.tokens += proposal.llm_tokens or 0   # the next one's, as what was refused
+        ours = proposal.proposer == "llm"
+        s.refusals.update({"all": ours + (proposal.refused or 0),
+                           "repeats": (ours and isinstance(error, Repeat)) + (proposal.repeats or 0)})
         s.refused.append(f"{proposal.description}: {one_line(str(error))[:300]}")
         s.screen.say(f"      dropped before training, as it was asked for ahead: {s.refused[-1][:140]}")
         return None
@@ -3086,7 +3511,8 @@ def prefetch(s: Session, proposal: Proposal, text: str) -> None:
     row = replace(result_of(s, proposal, text, Run("", "", None, {}, "", ""), Score(), (RUNNING, "no result yet"), 0.0),
                   commit=RUNNING)
     s.diffs[RUNNING] = diff(s.text, text)
-    copy = replace(s, results=[*s.results, row], next_id=s.next_id + 1, refused=list(s.refused), tokens=0)
+    copy = replace(s, results=[*s.results, row], next_id=s.next_id + 1, refused=list(s.refused), refusals=Counter(),
+                   tokens=0)
     if not is_for_search(copy):
         program, answers = read_text(s.config.root / "program.md", "replace"), queue.SimpleQueue()
         asked = chosen(copy, program)
@@ -3116,8 +3542,11 @@ def from_model(s: Session, asked: Proposal, messages: list[dict] | None = None) 
     if s.llm.listener:
         s.llm.listener = None
         s.screen.say(f"      {s.llm.model} answers again")
-    began = time.monotonic()
     try:
+        if notes_due(s):
+            renew_notes(s, asked)
+            asked, messages = chosen(s, asked.program), None
+        began = time.monotonic()
         while True:
             if asked.tactic:
                 s.screen.say(f"      nothing was kept for {misses(s.results)} experiments: asking for "
@@ -3127,13 +3556,14 @@ def from_model(s: Session, asked: Proposal, messages: list[dict] | None = None) 
             s.turned.append(asked.role)
             asked, messages = chosen(s, asked.program), None   # the next one tells what was refused
             if s.llm.unusable >= UNUSABLE or time.monotonic() - began > s.config.outage_s:
+                s.llm.silent = "unusable replies"
                 return s.screen.say(f"      {s.llm.unusable} unusable replies in a row from {s.llm.model}; the search "
                                     f"proposes this one")
     except NoReply as error:
         if error.kind in ("long", "cut") and not s.llm.brief:
             s.llm.brief = True
             s.screen.say(f"      the request is too long for {s.llm.model} ({error}); it is shortened from here on")
-            return from_model(s, asked)
+            return from_model(s, chosen(s, asked.program))
         fall_back(s, error)
         return None
 
@@ -3184,6 +3614,7 @@ def experiment(s: Session, proposal: Proposal, text: str) -> Result:
         prefetch(s, proposal, text)
     redraw(s)
     proposal, text, run, verdict, folder = repaired(s, proposal, text, id)
+    proposal = with_refusals(s, proposal)
     status, wall_s = decide(run, verdict, s.value), time.monotonic() - s.waited_s - start
     entries = [Entry(result_of(s, proposal, text, run, verdict, status, wall_s), text, proposal.program, folder)]
     if s.best and status[0] in ("keep", "discard"):
@@ -3257,7 +3688,8 @@ def repaired(s: Session, proposal: Proposal, text: str, id: str) -> tuple[Propos
             run, verdict, folder = attempt(s, mended[1], id, number)
         except OutOfTime:
             break   # the crash stands
-        proposal, text = replace(mended[0], llm_tokens=proposal.llm_tokens), mended[1]
+        counted = dict(llm_tokens=proposal.llm_tokens, refused=proposal.refused, repeats=proposal.repeats)
+        proposal, text = replace(mended[0], **counted), mended[1]
     return proposal, text, run, verdict, folder
 
 def result_of(s: Session, proposal: Proposal, text: str, run: Run, verdict: Score, status: tuple[str, str],
@@ -3269,7 +3701,8 @@ def result_of(s: Session, proposal: Proposal, text: str, run: Run, verdict: Scor
         hypothesis=proposal.hypothesis, id=f"{s.next_id:04d}", tag=s.config.tag, status=status[0], reason=status[1],
         val_bpb=verdict.bpb, memory_gb=number(run.facts, "peak_vram_mb") / 1024,
         time=now(), proposer=proposal.proposer, role=proposal.role, tactic=proposal.tactic,
-        model=proposal.model, expected=proposal.expected, seed=SEED, steps=int(steps) or None,
+        model=proposal.model, expected=proposal.expected, idea=proposal.idea, refused=proposal.refused,
+        repeats=proposal.repeats, stood_in=proposal.stood_in, seed=SEED, steps=int(steps) or None,
         tokens_M=tokens / 1e6 or None, train_s=run.train_s, wall_s=wall_s, llm_tokens=proposal.llm_tokens,
         preset=s.data.preset, fingerprint=s.data.fingerprint, device=s.device, budget_s=s.config.budget_s,
         text_key=text_key(text), curve=run.curve, bar=s.value, test_bpb=verdict.test_bpb)
@@ -3305,6 +3738,8 @@ def record(s: Session, entries: list[Entry]) -> Result:
                 wait_for_room(s, error)
             else:
                 pause(s, LOCK_S, f"waiting: {what_failed(error)}")
+    if results[0].idea:
+        strike_idea(s, results[0].idea)
     s.screen.standing = standing(s.mine, s.best)
     if s.spoiled:
         raise UserError(f"experiment {results[0].id} {s.spoiled}, and had no sandbox. Put that right before you start "
@@ -3475,8 +3910,6 @@ def loop(s: Session) -> None:
                 if errors >= ERRORS:
                     raise
                 pause(s, WAIT_S * ERRORS_APART ** (errors - 1), "waiting after an error")
-    if s.verify and s.best:
-        write_whole(s.runs / "report.md", report(s))
 
 def survive(s: Session, error: Exception) -> None:
     """Say an error that nobody expected in a line, and keep its traceback."""
@@ -3527,29 +3960,125 @@ def verify_next(s: Session) -> None:
     record(s, [repeat(s, program, text, s.next_id, seed, "verification", test=True)])
     del s.plan[0]
 
-def report(s: Session) -> str:
-    """What was verified, and from which runs, as runs/<tag>/report.md."""
-    found = verified(s.runs, s.mine, s.best)
-    table = "\n".join(f"| {r.id} | {'best' if r.text_key == s.best.text_key else 'baseline'} | {r.seed} | "
-                      f"{or_dash(r.val_bpb, '.6f')} | {or_dash(r.test_bpb, '.6f')} | {or_dash(r.tokens_M, '.2f')} |"
-                      for r in (found.runs if found else ()))
-    return f"""# {s.branch}
+def verified_table(s: Session) -> str:
+    """The runs of the final verification."""
+    base = baseline_of(s.mine)
+    kinds = {p.text_key: name for p, name in ((base, "baseline"), (s.best, "best")) if p}
+    runs = [r for r in s.mine if r.seed in VERIFY_SEEDS and has_score(r) and r.text_key in kinds]
+    rows = [[r.id, kinds[r.text_key], r.seed, or_dash(r.val_bpb, ".6f"), or_dash(r.test_bpb, ".6f"),
+             or_dash(r.tokens_M, ".2f")] for r in runs]
+    table = markdown_table(["id", "program", "seed", "val_bpb", "test_bpb", "tokens, M"], rows)
+    return f"""
+## Verification
 
-{believed(s.runs, s.mine, s.best)}
-
-As the search saw it: {standing(s.mine, s.best)}
-
-| id | program | seed | val_bpb | test_bpb | tokens, M |
-|---|---|---|---|---|---|
 {table}
 
-Best: experiment {s.best.id}, {s.best.description}. Each run trained {s.config.budget_s:g} s on {s.device},
-data {s.data.name} ({s.data.fingerprint[:12]}).
-
 The intervals are over seeds and over held-out text: the former by these runs and what else ran on several seeds, the
-latter by the differences row by row, in {BLOCKS} blocks of neighbours.
-`best/` holds the search's own run of the best: checkpoint, tokenizer and train.py.
-"""
+latter by the differences row by row, in {BLOCKS} blocks of neighbours, which the runs' folders hold.
+""" if rows else ""
+
+def lineage_table(s: Session) -> str:
+    """The way from the baseline to the best, a row a keep."""
+    doubtful, keeps = hindsight(s.mine), lineage(s.mine, s.best)[::-1]
+    base = next((r for r in s.mine if keeps and r.commit == keeps[0].parent), baseline_of(s.mine))
+    keeps = [*([base] if base else []), *keeps]
+    gains = ["-" if r is base else f"{gained(r):.6f}" + ", within the noise" * (r in doubtful) for r in keeps]
+    rows = [[r.id, f"{r.val_bpb:.6f}", gain, r.role, r.model if r.proposer == "llm" else r.proposer, r.description,
+             f"`{r.commit[:7]}`"] for r, gain in zip(keeps, gains)]
+    return markdown_table(["id", "val_bpb", "gain", "role", "by", "what", "commit"], rows)
+
+def themes_of(s: Session, rows: list[Result]) -> dict[str, str]:
+    """The themes of experiments, by commit."""
+    commits = list({commit for r in rows for commit in (r.commit, r.parent)})
+    texts = dict(zip(commits, files_at(s.config, commits, "train.py")))
+    return {r.commit: theme(texts[r.parent], texts[r.commit]) for r in rows}
+
+def briefs_of(s: Session, rows: list[Result]) -> dict[str, str]:
+    """The hashes of the program.md that led to experiments, by commit."""
+    prefix = git(s.config, "rev-parse", "--show-prefix")
+    asked = "".join(f"{r.commit}:{prefix}program.md\n" for r in rows)
+    found = git(s.config, "cat-file", "--batch-check=%(objectname)", stdin=asked).splitlines()
+    return {r.commit: "none" if brief.endswith("missing") else brief for r, brief in zip(rows, found)}
+
+def tried_tables(s: Session, rows: list[Result]) -> str:
+    """What came of the experiments, by all that they may be told apart by."""
+    themes = themes_of(s, rows)
+    by = {"theme": lambda r: themes[r.commit], "role": lambda r: r.role,
+          "proposer": lambda r: r.model if r.proposer == "llm" else r.proposer,
+          "asked for": lambda r: TACTICS.get(r.tactic or "", "an experiment"),
+          "idea": lambda r: "of the notes" if r.idea else "another"}
+    return "\n\n".join(outcome_table(name, rows, group_of) for name, group_of in by.items())
+
+def report(s: Session, prose: str = "") -> str:
+    """What a branch's record says, as runs/<tag>/report.md. prose: its section of a model's words."""
+    mine, rows, last = s.mine, experiments(s.mine), s.mine[-1]
+    record = [r for r in read_record(s.config) if r.conditions == last.conditions]
+    alike = experiments(record)
+    odd = "\n".join(f"* {line}" for line in anomalies(mine))
+    return f"""# {s.branch}
+
+{believed(s.runs, mine, s.best) if s.best else "There is no baseline yet."}
+
+As the search saw it: {standing(mine, s.best)}. Each run trained {last.budget_s:g} s on {last.device},
+preset {last.preset}, data {last.fingerprint[:12]}. The last row is of {last.time}.
+
+![progress](progress.png)
+
+{prose}## The way to the best
+
+{lineage_table(s)}
+
+A gain is by how much val_bpb was lower, as the search saw it: one run, against what the best was worth then.
+
+## What was tried
+
+{tried_tables(s, rows) if rows else "Nothing yet."}
+
+A theme is the heading of train.py that most of an edit stands under; the nearest discard, the least that one missed by.
+
+## Anomalies
+
+{odd or "None."}
+
+## Briefs and models
+
+{brief_table(alike, briefs_of(s, alike), hours_of(record)) if alike else "Nothing yet."}
+{verified_table(s)}"""
+
+PROSE = re.compile(r"## In words\n.*?\n(?=## The way)", re.S)
+
+def write_report(s: Session) -> str:
+    """Write runs/<tag>/report.md and the picture from the record. What a model said of it earlier stays."""
+    path = s.runs / "report.md"
+    s.runs.mkdir(parents=True, exist_ok=True)
+    said = PROSE.search(read_text(path, "replace"))
+    write_whole(path, text := report(s, said[0] if said else ""))
+    drawn(s.mine, s.runs / "progress.png", s.best)
+    return text
+
+def add_prose(s: Session, text: str) -> str:
+    """Have the model put a report into words, and write it with these. Raises NoReply."""
+    if (limit := s.config.max_llm_tokens) and s.llm.tokens >= limit:
+        raise NoReply(f"{limit:,} tokens are spent")
+    text = PROSE.sub("", text)
+    rows = "" if s.llm.brief else "\n# Every experiment\n\n" + "\n".join(history(s.mine))
+    messages = [{"role": "system", "content": PROSE_FORMAT}, {"role": "user", "content": text + rows}]
+    while True:
+        left_s = min(s.deadline + PROSE_S - time.monotonic(), s.config.reply_s)
+        try:
+            reply = ask_once(s, messages, max(1.0, left_s))
+            check_prompt(s, messages, reply)
+            break
+        except NoReply as error:
+            if not adapted(s, error):
+                raise
+    words = re.sub(r"^#+[ \t]*", "", without_thoughts(reply.text), flags=re.M).strip()
+    if reply.cut or not words:
+        raise NoReply("a reply that was cut off" if reply.cut else "an empty reply")
+    said = f"## In words\n\nBy {s.llm.model}, after {s.mine[-1].id}; not checked.\n\n{words}\n\n"
+    head, way, rest = text.partition("## The way to the best\n")
+    write_whole(s.runs / "report.md", text := head + said + way + rest)
+    return text
 
 def closing(s: Session) -> str:
     """What was gained, where it is, how to have it."""
@@ -3558,10 +4087,11 @@ def closing(s: Session) -> str:
         return "no experiment was finished"
     gain = s.best.val_bpb - base.val_bpb
     limit = f" of {s.config.max_llm_tokens:,}" if s.config.max_llm_tokens else ""
+    runs = f"runs/{s.config.tag}"
     lines = [f"{s.rows} rows in this session; {s.branch}: {counts(s.mine)}",
              f"val_bpb {base.val_bpb:.6f} -> {s.best.val_bpb:.6f} ({gain:+.6f}, {gain / base.val_bpb:+.2%}), one seed",
              believed(s.runs, s.mine, s.best),
-             f"rows: results.tsv   picture: runs/{s.config.tag}/progress.png   checkpoint: runs/{s.config.tag}/best/"]
+             f"rows: results.tsv   report: {runs}/report.md   picture: {runs}/progress.png   checkpoint: {runs}/best/"]
     if s.llm.tokens:
         lines.insert(1, f"{s.llm.tokens:,}{limit} tokens spent on {s.llm.model}")
     if s.best.text_key != base.text_key:
@@ -3589,10 +4119,12 @@ def session(config: Config) -> int:
     """One start of agent.py; returns the exit status."""
     screen = Screen()
     s, resumed = opened(config, screen)
+    ended = False
     with locked(s), screen:
         try:
             begin(s, resumed)
             loop(s)
+            ended = True
         except OutOfTime as end:
             screen.say(f"      {end}; no row")
         except UserError as error:
@@ -3604,14 +4136,27 @@ def session(config: Config) -> int:
         finally:
             end_spares(s)
             if s.rows or s.verify:
-                if s.drawing:
-                    s.drawing.join()
-                drawn(s.mine, s.runs / "progress.png", s.best)
-                screen.say(closing(s))
+                finish_up(s, ended)
     return 0
 
-def show_status(config: Config) -> int:
-    """Print the essence of the record; works while a session runs."""
+def finish_up(s: Session, ended: bool) -> None:
+    """Closing lines, picture, report. ended: the session came to its end, and there is a moment for a model's prose."""
+    if s.drawing:
+        s.drawing.join()
+    s.screen.say(closing(s))
+    try:
+        text = write_report(s) if s.mine else ""
+        if ended and s.llm.model and s.rows >= NOTES_ROWS and not (s.llm.listener or s.llm.spent):
+            s.screen.say(f"asking {s.llm.model} for the report in words; Ctrl-C leaves them out")
+            add_prose(s, text)
+    except KeyboardInterrupt:
+        s.screen.say("the report is left as it is; to write it: python agent.py --report")
+    except (OSError, git_error(), NoReply, UserError) as error:
+        s.screen.say(f"the report is not whole ({what_failed(error)}); to write it: python agent.py --report")
+
+def recorded(config: Config) -> Session | None:
+    """A session that only reads a branch's record: that of --tag, the checkout's, or else the last; None where none is.
+    """
     check_checkout(config)
     record = read_record(config)
     head = git(config, "symbolic-ref", "--short", "HEAD", default="").removeprefix("autoresearch/")
@@ -3619,18 +4164,45 @@ def show_status(config: Config) -> int:
     tag = config.tag or (head if any(r.tag == head for r in record) else last.tag if last else "")
     mine = [r for r in record if r.tag == tag]
     if not mine:
-        print("no experiments yet")
-        return 0
+        return None
     tip = git(config, "rev-parse", "-q", "--verify", f"refs/heads/autoresearch/{tag}", default="")
     row = mine[-1]
-    print(f"autoresearch/{tag}: {row.preset}, {row.budget_s:g} s of training, {row.device}, last row {row.time}")
-    moved_to = git(config, "rev-parse", "-q", "--verify", f"refs/autoresearch-moved/{tag}", default="")
-    best = best_of(mine, tip, moved_to) or baseline_of(mine)
-    print(standing(mine, best))
-    if best:
-        print(believed(config.root / "runs" / tag, mine, best))
-    for r in mine[-10:]:
+    data = Dataset(Path(), "", row.preset, row.fingerprint)
+    s = Session(replace(config, tag=tag), data, row.device, Screen(), math.inf, tip, mine)
+    s.best = best_of(mine, tip, moved_to(s)) or baseline_of(mine)
+    return s
+
+def show_status(config: Config) -> int:
+    """Print the essence of the record; works while a session runs."""
+    s = recorded(config)
+    if not s:
+        print("no experiments yet")
+        return 0
+    row = s.mine[-1]
+    print(f"{s.branch}: {row.preset}, {row.budget_s:g} s of training, {row.device}, last row {row.time}")
+    print(standing(s.mine, s.best))
+    if s.best:
+        print(believed(s.runs, s.mine, s.best))
+    for r in s.mine[-10:]:
         print(result_line(r))
+    return 0
+
+def show_report(config: Config) -> int:
+    """Write the report of the record, print it; works while a session runs, and without a model."""
+    s = recorded(config)
+    if not s:
+        raise UserError("there is nothing to report: no experiment is recorded"
+                        + f" under the tag {config.tag}" * bool(config.tag))
+    text = write_report(s)
+    if config.api_key or config.base_url != Config.base_url:
+        try:
+            s.llm.model = find_model(config, s.last_model)
+            print(f"asking {s.llm.model} for the report in words", file=sys.stderr)
+            text = add_prose(s, text)
+        except (NoReply, UserError, KeyboardInterrupt) as error:
+            why = str(error) or "Ctrl-C"
+            print(f"agent.py: the report has no new words of a model: {why}", file=sys.stderr)
+    print(text, end="")
     return 0
 
 def show_request(config: Config) -> int:
@@ -3677,6 +4249,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sandbox", choices=("auto", "require", "off"), default="auto",
                    help="auto: where the system allows one, else a loud line; require: or not at all; off: none")
     p.add_argument("--status", action="store_true", help="print what the record says so far, and end")
+    p.add_argument("--report", action="store_true",
+                   help="write runs/TAG/report.md from the record, with a model's words if there is one, and print it")
     p.add_argument("--ask", action="store_true", help="print one request to the model and its reply, train nothing")
     return p
 
@@ -3687,7 +4261,7 @@ def configured(args: argparse.Namespace) -> Config:
             raise UserError(f"--{name.replace('_', '-')} must be a positive number")
     key, url = os.environ.get("OPENAI_API_KEY"), os.environ.get("OPENAI_BASE_URL")
     proposer = args.proposer or "llm"
-    if not args.status and (proposer != "search" or args.ask) and not (key or url):
+    if not (args.status or args.report) and (proposer != "search" or args.ask) and not (key or url):
         raise UserError(f"no model is configured. {WAYS_ON}")
     if key and not re.fullmatch(r"[!-~]+", key := key.strip()):
         raise UserError("OPENAI_API_KEY has blanks or characters that no key has: copy it again")
@@ -3712,7 +4286,8 @@ def main(argv: list[str] | None = None) -> int:
     adopt_orphans()
     try:
         config = configured(args)
-        return show_status(config) if args.status else show_request(config) if args.ask else session(config)
+        task = show_status if args.status else show_report if args.report else show_request if args.ask else session
+        return task(config)
     except UserError as error:
         print(f"agent.py: {error}", file=sys.stderr)
         return 2

@@ -29,7 +29,8 @@ def logs(checkout):
 def test_help_names_every_flag(checkout):
     shown = checkout.run("--help")
     assert shown.returncode == 0
-    for flag in ("--hours", "--experiments", "--tag", "--proposer", "--model", "--time-budget", "--status", "--ask"):
+    tasks = "--status", "--report", "--ask"
+    for flag in ("--hours", "--experiments", "--tag", "--proposer", "--model", "--time-budget", *tasks):
         assert flag in shown.stdout
 
 

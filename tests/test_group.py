@@ -1,5 +1,6 @@
 """Who proposes, what the model is asked for, and repeats in other words: pytest tests/test_group.py"""
 
+import os
 import random
 import re
 from dataclasses import replace
@@ -158,6 +159,7 @@ def test_tactics_come_in_turn_once_nothing_was_kept_for_long():
 def test_a_stuck_session_asks_for_something_else_says_so_and_records_it(checkout, server, monkeypatch, capsys):
     monkeypatch.setattr(agent, "STUCK_ROWS", 2)
     script = [scored(v) for v in (1.05, 1.04, 1.03, 1.036, 1.037, 1.038, 1.039, 1.041, 1.042)]
+    monkeypatch.setattr(agent, "notes_due", lambda s: False)  # tested below
     assert llm(checkout, server, *script) == 0
     assert [r.tactic for r in checkout.record()] == [None] * 6 + ["structure", "combine", "undo", "earlier"]
     out = capsys.readouterr().out
@@ -187,9 +189,10 @@ def long_record(checkout, count):
     for i in range(2, count + 1):
         status = "keep" if i % 15 == 0 else "crash" if i % 10 == 0 else "discard"
         val_bpb = {"keep": 1.0 - i / 1e5, "crash": None, "discard": 1.001}[status]
-        r = row(i, val_bpb, status=status, tag="one", parent=s.best.commit, bar=1.0, description=words(3)[:80],
+        r = row(i, val_bpb, status=status, tag=s.config.tag, parent=s.best.commit, bar=1.0, description=words(3)[:80],
                 reason="" if status != "crash" else words(5))
         s.results.append(r)
+        s.next_id = i + 1
         s.diffs[r.commit] = "\n".join(f"{'-+'[k % 2]}    {words(3)}" for k in range(16 if i % 40 else 3000))
         s.best = r if status == "keep" else s.best
         keeps = [keep.commit for keep in agent.lineage(s.results, s.best)]
@@ -206,9 +209,223 @@ def test_a_long_record_makes_a_bounded_request_with_a_stable_prefix(checkout):
         s.text = (ROOT / "train.py").read_text()
         if int(r.id) < 190:
             continue
+        if int(r.id) % agent.NOTES_ROWS == 0:
+            (s.runs / r.id).mkdir(parents=True)
+            for folder in (s.runs, s.runs / r.id):
+                (folder / "notes.md").write_text("## Works\n" + "".join(f"- {words(10)}\n" for _ in range(40)))
         text = "".join(part["content"] for part in agent.request(s, agent.chosen(s, program)))
         same = next((i for i, (a, b) in enumerate(zip(before, text)) if a != b), len(before))
         shares += [same / len(text)] if s.results[-2].status != "keep" and r.status != "keep" else []
         before = text
-    assert len(text) < 4 * 24_000 and "one/0002 discard" in text and s.results[-1].description in text
+    assert len(text) < 4 * 24_000 and f"{s.config.tag}/0002 discard" in text and s.results[-1].description in text
     assert sum(shares[1:]) / len(shares[1:]) > 0.9
+
+
+# Notes
+
+NOTES = """Here they are:
+
+## Works
+- lower is better
+## Failed
+- 1.2 by much
+## Untested
+- the middle
+## Ideas
+1. score the middle. Why: nobody did. Refuted if: it is higher
+2. score the low end. Why: it pays. Refuted if: it does not
+   by much
+3. score the high end
+"""
+
+
+def test_notes_are_taken_apart():
+    assert agent.ideas_of(NOTES)[0].startswith("score the middle. Why") and len(agent.ideas_of(NOTES)) == 3
+    assert agent.ideas_of("## My ideas\n* **first**\n- second\nno item\n") == ["**first**", "second"]
+    assert agent.ideas_of("1. an item under no heading\n## Works\n- one\n") == []
+    nested = "# Ranked ideas\n### Short\n1. **Lion**\n   - Why: cheap\n2. SOAP\n## Failed ideas\n1. Adam\n## Ideas that failed\n- Adam\n"
+    assert agent.ideas_of(nested) == ["**Lion**", "SOAP"] == agent.ideas_of("\ufeff" + nested)
+
+
+@pytest.mark.parametrize("name, number", [
+    ("2", 1), ("2. score the low end", 1), ("#1", 0), ("score the high end", 2), ("SCORE THE HIGH END", 2),
+    ("2.5 times as wide", None), ("Idea #2", 1), ("No. 3 (it pays)", 2), ("4", None), ("0", None), ("n", None), ("none", None), ("", None),
+    (None, None), ("score", None), ("2 layers deeper", None),
+])
+def test_a_reply_names_an_idea_by_number_or_by_words(name, number):
+    found = agent.idea_named(name, NOTES)
+    assert found == (None if number is None else agent.ideas_of(NOTES)[number])
+
+
+def test_an_idea_leaves_the_list_with_the_lines_below_it_and_nothing_else_changes():
+    gone = {agent.ideas_of(NOTES)[1], "lower is better"}
+    assert agent.without_ideas(NOTES, gone) == re.sub(r"2\. score.*\n.*\n", "", NOTES)
+    assert agent.without_ideas("## Ideas\r\n- a\r\n\r\n  b\r\n", {"a"}) == "## Ideas\r\n\r\n  b\r\n"
+    nested = "## Ideas\n#1 aside\n1. **Lion**\n   - Why: cheap\n2. SOAP\n"
+    assert agent.without_ideas(nested, {"**Lion**", "Why: cheap"}) == "## Ideas\n#1 aside\n2. SOAP\n"
+
+
+def test_a_request_shows_ideas_numbered_and_long_notes_cut_by_their_longest_section():
+    assert agent.shown_notes("## Ideas\n- a\n- b\n## Works\n- c\n", 1000) == "## Ideas\n1. a\n2. b\n\n## Works\n- c\n"
+    shown = agent.shown_notes("## Works\n" + "- much\n" * 500 + "## Ideas\n1. one\n", 300)
+    assert len(shown) <= 300 and shown.endswith("## Ideas\n1. one\n") and shown.count("much") > 20
+    assert len(agent.shown_notes("x" * 10_000, 300)) <= 300 and agent.shown_notes("", 300) == ""
+    assert agent.shown_notes("caf\udce9\n", 300) == "caf?\n"  # odd bytes stay in the file
+
+
+def test_what_the_user_wrote_stays_and_what_was_taken_out_stays_out():
+    mine = NOTES.replace("- 1.2 by much\n", "- 1.2 by much, and I know why\n").replace("1. score", "1. mine\n2. score")
+    mine += "## Plans\nfrom the owner\n## No more rates, please\n"
+    versions = [("", ""), (NOTES, mine)]
+    added, gone = agent.edits_of_user(versions)
+    assert added == {"1.2 by much, and I know why", "mine", "from the owner", "## Plans",
+                     "## No more rates, please"} and gone == {"1.2 by much"}
+    reply = "junk\n## Failed\n- 1.2 by much\n- 1.3\n## Ideas\n1. new\n"
+    new = agent.merged_notes(reply, mine, added, gone)
+    assert new == ("## Failed\n- 1.2 by much, and I know why\n- 1.3\n\n## Ideas\n1. mine\n2. new\n\n"
+                   "## Plans\nfrom the owner\n\n## No more rates, please\n")
+    long = "- " + 100 * "long and mine "
+    kept = agent.merged_notes(f"## Works\n{long[:302]}\n", f"## Works\n{long}", {agent.line_key(long)}, set())
+    comment = agent.merged_notes("## Ideas\n1. SOAP\n", "## Ideas\n1. mine\n2. SOAP\n   as I said\n",
+                                 {"mine", "as I said"}, set())
+    assert comment == "## Ideas\n   as I said\n1. mine\n2. SOAP\n"  # not below another
+    assert agent.line_key("a" * 299 + " b") == "a" * 299   # as a trailer keeps it
+    assert kept == f"## Works\n{long.strip()}\n"   # whole, though the model has shortened it
+    versions += [(new, new)]  # the model has seen it, the user has not touched it: it is the user's still
+    assert agent.edits_of_user(versions) == (added, gone)
+    versions += [(new, new.replace("1. mine\n", ""))]  # the user takes it out again
+    assert "mine" in agent.edits_of_user(versions)[1] and "mine" not in agent.edits_of_user(versions)[0]
+
+
+def test_every_ten_experiments_the_model_writes_notes_and_tried_ideas_leave_them(checkout, server, monkeypatch, capsys):
+    monkeypatch.setattr(agent, "NOTES_ROWS", 2)
+    edited = []
+
+    def third(body):
+        path = next((checkout.root / "runs").glob("*/notes.md"))
+        edited.append(path.read_text())
+        mine = edited[0].replace("## Failed\n", "## Failed\n- ask me about 1.2\n")
+        path.write_text(mine.replace("- the middle\n", ""))
+        return scored(1.2).replace("EXPECTED", "IDEA: 2\nEXPECTED")
+
+    again = NOTES.replace("lower is better", "lower is still better").replace("1.2 by", "1.2 and 1.3 by")
+    again = again.replace("- the middle\n", "- the middle\n- the middle again\n")
+    script = scored(1.05), scored(1.3), NOTES, third, scored(1.4), again, scored(1.5)
+    assert llm(checkout, server, *script, experiments=6, tag="n") == 0
+    assert [r.idea for r in checkout.record()] == [None] * 3 + [agent.ideas_of(NOTES)[1]] + [None] * 2
+    requests = [server.asked(i) for i in range(len(script))]
+    assert "# The notes" not in requests[2] and "## Works\n- what is known" in requests[2]
+    shown = requests[3].split("# The notes on this research\n\n")[1].split("\n\n# ")[0]
+    assert shown.startswith("## Works\n- lower") and "2. score the low end" in shown and "Here they are" not in shown
+    assert "Take the idea of the notes" in requests[3]
+    since = requests[4].split("# The experiments since these notes\n\n")[1].split("\n\n# ")[0]
+    assert re.match(r"n/0004 +discard +1.2", since) and "\n" not in since
+    assert "score the low end" in edited[0] and "2. score the low end" not in requests[4]
+    assert requests[5].endswith("keep each as it is:\n\n- ask me about 1.2\n\n"
+                                "These lines are out; do not say again what they say:\n\nthe middle")
+    notes = (checkout.root / "runs/n/notes.md").read_text()
+    assert "lower is still better" in notes and "- ask me about 1.2\n- 1.2 and 1.3 by much\n" in notes
+    assert "## Untested\n- the middle again\n" in notes
+    assert "score the low end" not in notes and "score the middle" in notes
+    assert "ask me" in (checkout.root / "runs/n/0005/notes.before.md").read_text()
+    out = capsys.readouterr().out
+    assert "notes after 0003: 3 ideas; runs/n/notes.md" in out and "notes after 0005: 2 ideas" in out
+
+
+def test_notes_that_are_none_change_nothing_and_are_not_asked_for_at_once(checkout, server, monkeypatch, capsys):
+    monkeypatch.setattr(agent, "NOTES_ROWS", 2)
+    folder = checkout.root / "runs/n"
+    folder.mkdir(parents=True)
+    (folder / "notes.md").write_text("remember the middle\n")
+    script = scored(1.05), scored(1.3), "I cannot do that.", scored(1.4), scored(1.5)
+    assert llm(checkout, server, *script, experiments=5, tag="n") == 0
+    assert [r.description for r in checkout.record()[1:]] == [f"score {v}" for v in (1.05, 1.3, 1.4, 1.5)]
+    assert "## Works\n- what is known" in server.asked(2)
+    assert (folder / "notes.md").read_text() == "remember the middle\n"
+    assert "remember the middle" in server.asked(0) and "no list of ideas" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_when_nothing_is_kept_for_long_there_are_notes_once(checkout, server, monkeypatch):
+    monkeypatch.setattr(agent, "STUCK_ROWS", 2)
+    notes = "```markdown\n" + re.sub("## (.*)", r"**\1**:", NOTES) + "```\n"   # as many a model writes
+    script = scored(1.05), scored(1.3), scored(1.31), notes, scored(1.32), scored(1.33)
+    assert llm(checkout, server, *script, experiments=6, tag="n") == 0
+    assert "## Works\n- what is known" in server.asked(3)
+    assert (checkout.root / "runs/n/notes.md").read_text().endswith("by much\n3. score the high end\n")
+    assert [r.description for r in checkout.record()[1:]] == [f"score {v}" for v in (1.05, 1.3, 1.31, 1.32, 1.33)]
+
+
+def test_a_failing_request_for_notes_does_not_stand_between_the_model_and_its_proposals(checkout, server, monkeypatch):
+    monkeypatch.setattr(agent, "NOTES_ROWS", 2)
+    timeout = (400, {"error": {"message": "the gateway does not wait that long"}})
+    script = scored(1.05), scored(1.3), timeout
+    assert llm(checkout, server, *script, experiments=4, tag="n") == 0
+    assert (checkout.root / "runs/n/0003/notes.md").read_text() == ""
+    assert llm(checkout, server, scored(1.4), experiments=1, tag="n") == 0
+    assert [r.proposer for r in checkout.record()] == ["baseline", "llm", "llm", "search", "llm"]
+
+
+def test_an_idea_that_runs_or_was_tried_under_another_name_is_not_offered_again(checkout, server):
+    notes = checkout.root / "runs/n/notes.md"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("## Ideas\n1. score 1.05\n2. score that again\n3. the third\n")
+    replies = scored(1.05), scored(1.05), scored(1.3)
+    script = [text.replace("EXPECTED", f"IDEA: {i}\nEXPECTED") for i, text in zip((1, 1, 1), replies)]
+    assert llm(checkout, server, *script, experiments=3, prefetch=True, tag="n") == 0
+    assert "1. score 1.05" in server.asked(0) and "1. score that again\n2. the third" in server.asked(1)
+    assert [r.idea for r in checkout.record()] == [None, "score 1.05", "score that again"]
+    assert notes.read_text() == "## Ideas\n3. the third\n"
+
+
+@pytest.mark.slow
+def test_odd_notes_do_not_end_a_night(checkout, server, monkeypatch):
+    monkeypatch.setattr(agent, "NOTES_ROWS", 2)
+    (checkout.root / "runs/n/notes.md").mkdir(parents=True)
+    (checkout.root / "runs/n/0002.bak").mkdir()
+    (checkout.root / "runs/n/0002.bak/notes.md").write_text("a copy\n")
+    script = scored(1.05).replace("EXPECTED", "IDEA: 1\nEXPECTED"), scored(1.3), NOTES, scored(1.4)
+    assert llm(checkout, server, *script, experiments=4, tag="n") == 0
+    assert [r.status for r in checkout.record()] == ["keep", "keep", "discard", "discard"]
+    assert (checkout.root / "runs/n/notes.md").is_dir() and (checkout.root / "runs/n/0003/notes.md").read_text() == ""
+
+
+@pytest.mark.slow
+def test_an_emptied_file_of_notes_is_a_word_of_the_user(checkout, server, monkeypatch):
+    monkeypatch.setattr(agent, "NOTES_ROWS", 2)
+    path = checkout.root / "runs/n/notes.md"
+
+    def emptied(body):
+        path.write_text("")
+        return scored(1.4)
+
+    again = NOTES.replace("the low end", "the very low end")
+    script = scored(1.05), scored(1.3), NOTES, emptied, scored(1.5), again, scored(1.6)
+    assert llm(checkout, server, *script, experiments=6, tag="n") == 0
+    assert agent.ideas_of(path.read_text()) == ["score the very low end. Why: it pays. Refuted if: it does not"]
+    assert "lower is better" not in path.read_text() and "lower is better" in server.asked(5)  # to be left out
+
+
+@pytest.mark.slow
+def test_notes_that_were_cut_off_between_their_two_files_are_finished(checkout, server, monkeypatch):
+    monkeypatch.setattr(agent, "NOTES_ROWS", 2)
+    folder = checkout.root / "runs/n"
+    folder.mkdir(parents=True)
+    (folder / "notes.md").write_text("mine\n")
+    assert llm(checkout, server, scored(1.05), scored(1.3), NOTES, scored(1.4), experiments=4, tag="n") == 0
+    whole = (folder / "notes.md").read_text()
+    (folder / "notes.md").write_text("mine\n")  # by the user
+    assert llm(checkout, server, scored(1.5), experiments=1, tag="n") == 0
+    assert (folder / "notes.md").read_text() == "mine\n"
+    os.utime(folder / "notes.md", (0, 0))  # the power went before it was written
+    assert llm(checkout, server, "no notes", scored(1.6), experiments=1, tag="n") == 0
+    assert (folder / "notes.md").read_text() == whole and whole.startswith("mine\n\n## Works\n- lower")
+
+
+def test_notes_are_written_beside_a_run_where_proposals_are_asked_ahead(checkout, server, monkeypatch):
+    monkeypatch.setattr(agent, "NOTES_ROWS", 2)
+    script = scored(1.05), scored(1.3), scored(1.31), NOTES, scored(1.32), scored(1.33)
+    assert llm(checkout, server, *script, experiments=6, prefetch=True, tag="n") == 0
+    assert "score the middle" in server.asked(4) and (checkout.root / "runs/n/0003/notes.md").exists()
+    assert [r.llm_tokens for r in checkout.record()] == [None, 100, 100, 100, 200, 100]
+
