@@ -350,6 +350,11 @@ class Result:
         return self.description + (f" ({self.reason})" if self.reason else "")
 
     @property
+    def by(self) -> str:
+        """Who proposed it: the model's name, or search or baseline."""
+        return self.model if self.proposer == "llm" else self.proposer
+
+    @property
     def conditions(self) -> tuple:
         """What must agree for scores to compare."""
         return self.fingerprint, self.preset, self.device, self.budget_s
@@ -946,12 +951,11 @@ def parse_reply(reply: str) -> Proposal:
     return Proposal(description[:80].strip(), edits, hypothesis, float(number[0]) if number else None,
                     idea=reply_field(BLOCK.sub("", reply), "IDEA") or None)
 
-def checked(reply: str, base: str, preset: str, known: dict[str, Result], rules: bool = True) -> tuple[Proposal, str]:
-    """A reply as (proposal, text): parsed, applied to `base`, guarded. Raises EditError."""
-    proposal = parse_reply(reply)
+def checked(proposal: Proposal, base: str, preset: str, known: dict[str, Result], rules: bool = True) -> str:
+    """The text that a proposal makes of `base`, guarded. Raises EditError."""
     text = apply_edits(base, proposal.edits, preset)
     guard(text, base, known, rules)
-    return proposal, text
+    return text
 
 def moved(knob: Knob, rng: random.Random) -> object:
     """Another value near a knob's own: doubled or halved, a log-normal step, or an additive one for fractions."""
@@ -1319,6 +1323,10 @@ def roles_of(program: str) -> tuple[str, dict[str, str]]:
             common.append(line)
     return "".join(common), {name: text.strip() for name, text in roles.items()}
 
+def gained(r: Result) -> float:
+    """How far a keep was below what it had to be below; 0 for what is none."""
+    return r.bar - r.val_bpb if r.status == "keep" and r.bar else 0.0
+
 def next_role(roles: Mapping[str, str], results: list[Result], turned: list[str]) -> str:
     """Whose turn it is: all go round at first, later half, and half go by what each gained per experiment lately.
 
@@ -1328,12 +1336,11 @@ def next_role(roles: Mapping[str, str], results: list[Result], turned: list[str]
         return GENERALIST
     recent = [r for r in results if r.role in roles and r.status != "verify"][-ROLE_ROWS:]
     turns = Counter([r.role for r in recent] + [name for name in turned[-ROLE_ROWS:] if name in roles])
-    gained = Counter()
+    earned = Counter()
     for r in recent:
-        if r.status == "keep" and r.bar:
-            gained[r.role] += max(0.0, r.bar - r.val_bpb) / turns[r.role]   # shorter code is kept at a small loss
-    total = sum(gained.values()) if min(turns[name] for name in roles) >= ROLE_TURNS else 0.0
-    share = {name: 0.5 / len(roles) + 0.5 * (gained[name] / total if total > 0 else 1 / len(roles)) for name in roles}
+        earned[r.role] += max(0.0, gained(r)) / turns[r.role]   # shorter code is kept at a small loss
+    total = sum(earned.values()) if min(turns[name] for name in roles) >= ROLE_TURNS else 0.0
+    share = {name: 0.5 / len(roles) + 0.5 * (earned[name] / total if total > 0 else 1 / len(roles)) for name in roles}
     return max(roles, key=lambda name: share[name] * (turns.total() + 1) - turns[name])
 
 def misses(results: list[Result]) -> int:
@@ -1399,12 +1406,16 @@ def lists_ideas(heading: str) -> bool:
     """Whether what stands under a heading is the list of ideas."""
     return bool(re.fullmatch(r"(?!fail|tried|old|bad|dead|reject)(?:\w+ )?ideas?( \(.*\))?", heading, re.I))
 
+def note_heading(line: str) -> str | None:
+    """The name that a line of notes gives to what follows; None where it is no heading."""
+    return found[1].strip("*: ") if (found := HEADING.match(line)) else None
+
 def note_sections(notes: str) -> dict[str, list[str]]:
     """The lines of notes by their headings, without empty ones; what stands above the first: by the empty name."""
     sections, name = {"": []}, ""
     for line in notes.splitlines():
-        if found := HEADING.match(line):
-            name = found[1].strip("*: ")
+        if (heading := note_heading(line)) is not None:
+            name = heading
             sections.setdefault(name, [])
         elif line.strip("\ufeff \t"):
             sections[name].append(line.rstrip())
@@ -1436,8 +1447,8 @@ def without_ideas(notes: str, gone: set[str]) -> str:
     """The notes without these ideas, and the indented lines below each; all else is as it was."""
     kept, drops, here = [], False, False
     for line in notes.splitlines(keepends=True):
-        if found := HEADING.match(line):
-            here, drops = lists_ideas(found[1].strip("*: ")), False
+        if (heading := note_heading(line)) is not None:
+            here, drops = lists_ideas(heading), False
         elif ITEM.match(line):
             drops = here and line_key(line) in gone
         elif not line[:1].isspace() or not line.strip():
@@ -1508,10 +1519,6 @@ def theme(old: str, new: str) -> str:
             changed[lines[min(max(begin, end - 1), len(lines) - 1)]] += max(end - begin, end_new - begin_new)
     return changed.most_common(1)[0][0] if changed else "nothing"
 
-def gained(r: Result) -> float:
-    """How far a keep was below what it had to be below; 0 for what is none."""
-    return r.bar - r.val_bpb if r.status == "keep" and r.bar else 0.0
-
 def wilson(kept: int, of: int) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson's)."""
     z, p = 1.96, kept / of
@@ -1547,13 +1554,17 @@ def markdown_table(head: list[str], rows: list[list[object]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(one_line(str(cell)).replace("|", "/") for cell in line) + " |" for line in lines)
 
-def outcome_table(name: str, rows: list[Result], group_of: Callable[[Result], str]) -> str:
-    """What came of experiments by group, the most frequent first."""
+def grouped(rows: list[Result], group_of: Callable[[Result], object]) -> dict[object, list[Result]]:
+    """Results by group, each in the order they came in."""
     groups = defaultdict(list)
     for r in rows:
         groups[group_of(r)].append(r)
+    return groups
+
+def outcome_table(name: str, rows: list[Result], group_of: Callable[[Result], str]) -> str:
+    """What came of experiments by group, the most frequent first."""
     lines = []
-    for group, members in sorted(groups.items(), key=lambda item: -len(item[1])):
+    for group, members in sorted(grouped(rows, group_of).items(), key=lambda item: -len(item[1])):
         status = Counter(r.status for r in members)
         missed = [r.val_bpb - r.bar for r in members if r.status == "discard" and r.bar and (r.val_bpb or 0) >= r.bar]
         lines.append([group, len(members), status["keep"], status["crash"], status["invalid"],
@@ -1566,10 +1577,8 @@ def brief_table(rows: list[Result], briefs: Mapping[str, str], hours: Mapping[st
 
     briefs, hours: by commit.
     """
-    groups = defaultdict(list)
-    for r in rows:
-        groups[("any", "search") if r.proposer == "search" else (briefs[r.commit][:7], r.model)].append(r)
     lines = []
+    groups = grouped(rows, lambda r: ("any" if r.proposer == "search" else briefs[r.commit][:7], r.by))
     for (brief, model), members in groups.items():
         last = max(members, key=lambda r: (r.time, int(r.id)))
         kept = sum(r.status == "keep" for r in members)
@@ -1640,11 +1649,15 @@ def file_at(config: Config, commit: str, name: str) -> str:
     """A file of the checkout as a commit has it, to the last newline."""
     return git(config, "cat-file", "blob", f"{commit}:./{name}", strip=False)
 
+def named(config: Config, commits: list[str], name: str) -> str:
+    """What `git cat-file` is asked for a file of the checkout at each of these commits."""
+    prefix = git(config, "rev-parse", "--show-prefix")
+    return "".join(f"{commit}:{prefix}{name}\n" for commit in commits)
+
 def files_at(config: Config, commits: list[str], name: str) -> list[str]:
     """A file of the checkout as each of these commits has it, empty where one has none: by one process."""
-    prefix = git(config, "rev-parse", "--show-prefix")
-    asked = "".join(f"{commit}:{prefix}{name}\n" for commit in commits)
-    rest, texts = git(config, "cat-file", "--batch", strip=False, stdin=asked).encode("utf-8", "surrogateescape"), []
+    found = git(config, "cat-file", "--batch", strip=False, stdin=named(config, commits, name))
+    rest, texts = found.encode("utf-8", "surrogateescape"), []
     for _ in commits:
         head, _, rest = rest.partition(b"\n")
         size = int(head.split()[2]) if head.split()[1:2] == [b"blob"] else None
@@ -3020,7 +3033,7 @@ def tactic_text(s: Session, tactic: str) -> str:
         pair = "\n\n".join(shown_diff(s, r) for r in near_misses(s.results, s.best)[:2])
         return f"These two missed by little. Combine them, or what is good in them, into one experiment:\n\n{pair}"
     if tactic == "undo":
-        least = min((r for r in keeps[1:] if r.bar), key=lambda r: r.bar - r.val_bpb)
+        least = min((r for r in keeps[1:] if r.bar), key=gained)
         return ("This keep gained least of all: it may have been luck, or no longer pay. Take it back, or put "
                 f"something simpler in its place:\n\n{shown_diff(s, least)}")
     if tactic == "earlier":
@@ -3069,19 +3082,20 @@ def note_versions(s: Session) -> tuple[list[str], list[str]]:
              for folder, text in zip(folders, written)]
     return written, found
 
-def changes_of_user(s: Session, present: str) -> tuple[set[str], set[str]]:
+def changes_of_user(s: Session, versions: tuple[list[str], list[str]], present: str) -> tuple[set[str], set[str]]:
     """The keys of the lines that the user added to the notes, and took out, up to their present text. A file that is
-    gone says nothing, an empty one that all is to go."""
-    written, found = note_versions(s)
+    gone says nothing, an empty one that all is to go. versions: see note_versions()."""
+    written, found = versions
     last = present if (s.runs / "notes.md").exists() else written[-1]
     return edits_of_user(list(zip(written, [*found, last])))
 
 def notes_request(s: Session, asked: Proposal, present: str) -> list[dict]:
     """The messages that ask for notes, and say what the user has changed in the present ones."""
-    added, gone = changes_of_user(s, present)
+    versions = note_versions(s)
+    added, gone = changes_of_user(s, versions, present)
     gone -= {r.idea for r in s.results}
     ours = "\n".join(line for key, line in note_lines(present).items() if key in added)[:NOTES_CHARS]
-    out = dict.fromkeys(key for text in note_versions(s)[0][::-1] for key in note_lines(text) if key in gone)
+    out = dict.fromkeys(key for text in versions[0][::-1] for key in note_lines(text) if key in gone)
     theirs = "\n".join(list(out)[:30])
     parts = [NOTES_FORMAT]
     parts += [f"The owner of this research wrote these lines; keep each as it is:\n\n{ours}"] * bool(ours)
@@ -3108,14 +3122,15 @@ def file_notes(s: Session, id: str, text: str) -> str:
     file that cannot be read stays as it is."""
     path, folder = s.runs / "notes.md", s.runs / id
     with s.noting:
-        written = note_versions(s)[0][-1]
+        versions = note_versions(s)
+        written = versions[0][-1]
         folder.mkdir(exist_ok=True)
         try:
             present = read_text(path)
         except OSError:
             write_whole(folder / "notes.md", written)
             return written
-        added, gone = changes_of_user(s, present)
+        added, gone = changes_of_user(s, versions, present)
         gone |= {r.idea for r in s.results if r.idea and r.status != RUNNING}
         new = merged_notes(text, present, added, gone) if text else present
         if path.exists() and present != written:
@@ -3153,8 +3168,9 @@ def read_skeletons(s: Session) -> None:
 
 def refuse_near(s: Session, text: str) -> None:
     """Raise EditError where a text is one that was discarded on the same best, but for names and a hair's breadth."""
-    ours = skeleton(text, s.text)
-    for r in dropped(s.results, s.best):
+    others = dropped(s.results, s.best)
+    ours = skeleton(text, s.text) if others else []
+    for r in others:
         if is_near(ours, s.skeletons.get(r.commit, [])):
             raise Repeat(f"But for names, or numbers within {NEAR:.0%}, this repeats an experiment on the same "
                          f"best: {one_line(result_line(r))}")
@@ -3191,8 +3207,9 @@ def converse(s: Session, messages: list[dict], base: str, asked: Proposal) -> tu
             if reply.cut:
                 raise EditError(f"The reply was cut off after {len(reply.text)} characters by a limit of its length. "
                                 f"Think less and send a shorter one: SET lines, or small blocks.")
-            idea = idea_named(parse_reply(reply.text).idea, asked.notes)
-            proposal, text = checked(reply.text, base, s.data.preset, known, s.config.rules)
+            proposal = parse_reply(reply.text)
+            idea = idea_named(proposal.idea, asked.notes)
+            text = checked(proposal, base, s.data.preset, known, s.config.rules)
             refuse_near(s, text)
             s.llm.unusable, s.llm.rest_s = 0, 0.0
             return replace(proposal, model=s.llm.model, program=asked.program, role=asked.role, tactic=asked.tactic,
@@ -3429,8 +3446,8 @@ def candidate(s: Session) -> Candidate:
 
 def with_refusals(s: Session, proposal: Proposal) -> Proposal:
     """A proposal that also counts what was refused since the last one was asked for this."""
-    refused, repeats = (s.refusals[name] + (count or 0)
-                        for name, count in (("all", proposal.refused), ("repeats", proposal.repeats)))
+    refused = s.refusals["all"] + (proposal.refused or 0)
+    repeats = s.refusals["repeats"] + (proposal.repeats or 0)
     s.refusals = Counter()
     return replace(proposal, refused=refused or None, repeats=repeats or None)
 
@@ -3983,8 +4000,8 @@ def lineage_table(s: Session) -> str:
     base = next((r for r in s.mine if keeps and r.commit == keeps[0].parent), baseline_of(s.mine))
     keeps = [*([base] if base else []), *keeps]
     gains = ["-" if r is base else f"{gained(r):.6f}" + ", within the noise" * (r in doubtful) for r in keeps]
-    rows = [[r.id, f"{r.val_bpb:.6f}", gain, r.role, r.model if r.proposer == "llm" else r.proposer, r.description,
-             f"`{r.commit[:7]}`"] for r, gain in zip(keeps, gains)]
+    rows = [[r.id, f"{r.val_bpb:.6f}", gain, r.role, r.by, r.description, f"`{r.commit[:7]}`"]
+            for r, gain in zip(keeps, gains)]
     return markdown_table(["id", "val_bpb", "gain", "role", "by", "what", "commit"], rows)
 
 def themes_of(s: Session, rows: list[Result]) -> dict[str, str]:
@@ -3995,22 +4012,22 @@ def themes_of(s: Session, rows: list[Result]) -> dict[str, str]:
 
 def briefs_of(s: Session, rows: list[Result]) -> dict[str, str]:
     """The hashes of the program.md that led to experiments, by commit."""
-    prefix = git(s.config, "rev-parse", "--show-prefix")
-    asked = "".join(f"{r.commit}:{prefix}program.md\n" for r in rows)
+    commits = [r.commit for r in rows]
+    asked = named(s.config, commits, "program.md")
     found = git(s.config, "cat-file", "--batch-check=%(objectname)", stdin=asked).splitlines()
-    return {r.commit: "none" if brief.endswith("missing") else brief for r, brief in zip(rows, found)}
+    return {commit: "none" if brief.endswith("missing") else brief for commit, brief in zip(commits, found)}
 
 def tried_tables(s: Session, rows: list[Result]) -> str:
     """What came of the experiments, by all that they may be told apart by."""
     themes = themes_of(s, rows)
     by = {"theme": lambda r: themes[r.commit], "role": lambda r: r.role,
-          "proposer": lambda r: r.model if r.proposer == "llm" else r.proposer,
+          "proposer": lambda r: r.by,
           "asked for": lambda r: TACTICS.get(r.tactic or "", "an experiment"),
           "idea": lambda r: "of the notes" if r.idea else "another"}
     return "\n\n".join(outcome_table(name, rows, group_of) for name, group_of in by.items())
 
-def report(s: Session, prose: str = "") -> str:
-    """What a branch's record says, as runs/<tag>/report.md. prose: its section of a model's words."""
+def report(s: Session) -> str:
+    """What a branch's record says, as runs/<tag>/report.md but for a model's words."""
     mine, rows, last = s.mine, experiments(s.mine), s.mine[-1]
     record = [r for r in read_record(s.config) if r.conditions == last.conditions]
     alike = experiments(record)
@@ -4024,7 +4041,7 @@ preset {last.preset}, data {last.fingerprint[:12]}. The last row is of {last.tim
 
 ![progress](progress.png)
 
-{prose}## The way to the best
+## The way to the best
 
 {lineage_table(s)}
 
@@ -4047,12 +4064,17 @@ A theme is the heading of train.py that most of an edit stands under; the neares
 
 PROSE = re.compile(r"## In words\n.*?\n(?=## The way)", re.S)
 
+def with_prose(text: str, said: str) -> str:
+    """A report with a section of a model's words, or none, in place of any that it has."""
+    head, way, rest = PROSE.sub("", text).partition("## The way to the best\n")
+    return head + said + way + rest
+
 def write_report(s: Session) -> str:
     """Write runs/<tag>/report.md and the picture from the record. What a model said of it earlier stays."""
     path = s.runs / "report.md"
     s.runs.mkdir(parents=True, exist_ok=True)
     said = PROSE.search(read_text(path, "replace"))
-    write_whole(path, text := report(s, said[0] if said else ""))
+    write_whole(path, text := with_prose(report(s), said[0] if said else ""))
     drawn(s.mine, s.runs / "progress.png", s.best)
     return text
 
@@ -4060,7 +4082,7 @@ def add_prose(s: Session, text: str) -> str:
     """Have the model put a report into words, and write it with these. Raises NoReply."""
     if (limit := s.config.max_llm_tokens) and s.llm.tokens >= limit:
         raise NoReply(f"{limit:,} tokens are spent")
-    text = PROSE.sub("", text)
+    text = with_prose(text, "")
     rows = "" if s.llm.brief else "\n# Every experiment\n\n" + "\n".join(history(s.mine))
     messages = [{"role": "system", "content": PROSE_FORMAT}, {"role": "user", "content": text + rows}]
     while True:
@@ -4076,8 +4098,7 @@ def add_prose(s: Session, text: str) -> str:
     if reply.cut or not words:
         raise NoReply("a reply that was cut off" if reply.cut else "an empty reply")
     said = f"## In words\n\nBy {s.llm.model}, after {s.mine[-1].id}; not checked.\n\n{words}\n\n"
-    head, way, rest = text.partition("## The way to the best\n")
-    write_whole(s.runs / "report.md", text := head + said + way + rest)
+    write_whole(s.runs / "report.md", text := with_prose(text, said))
     return text
 
 def closing(s: Session) -> str:
@@ -4219,8 +4240,8 @@ def show_request(config: Config) -> int:
         raise UserError(f"{config.base_url}, model {s.llm.model}: {error}") from None
     print(f"<!-- reply of {s.llm.model}, {reply.tokens} tokens in all -->\n\n{reply.text}\n")
     try:
-        proposal, text = checked(reply.text, s.text, s.data.preset, tried(s.results))
-        refuse_near(s, text)
+        proposal = parse_reply(reply.text)
+        refuse_near(s, checked(proposal, s.text, s.data.preset, tried(s.results)))
         print(f"The reply applies: {proposal.description}")
     except EditError as error:
         print(f"The reply does not apply: {error}")

@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import agent  # noqa: E402
 from conftest import Server, commit_all, make_checkout, reply  # noqa: E402
 
+CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
 SPOILED = {"HEAD_LR": 0.001, "MATRIX_LR": 0.004, "EMBED_LR": 0.05, "CONV_LR": 0.01}
 IDEAS = [   # kind, role, name, values in two wordings, which count as one; None: the value that was spoiled
     ("good", "optimizer", "HEAD_LR", None), ("good", "optimizer", "MATRIX_LR", None),
@@ -80,9 +81,8 @@ class Script:
 def arm(name: str, args) -> None:
     """One session; prints what came of it."""
     reads, code = ARMS[name]
-    cache = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
     with tempfile.TemporaryDirectory() as folder:
-        checkout, server = make_checkout(Path(folder) / "clone", cache, source=ROOT), Server()
+        checkout, server = make_checkout(Path(folder) / "clone", CACHE, source=ROOT), Server()
         preset = agent.prepared_data(checkout.config()).preset
         good = {n: knob.value for n, knob in agent.knobs(checkout.text(), preset).items() if n in SPOILED}
         text = checkout.text()
@@ -115,16 +115,17 @@ def arm(name: str, args) -> None:
 
 
 def fill(checkout, upto: int) -> None:
-    """A record of so many experiments: steps of the search from the last keep, one in fifteen kept; notes every ten."""
+    """A record of so many experiments: steps of the search from the last keep, one in fifteen kept."""
     s, _ = agent.opened(checkout.config(), agent.Screen())
     agent.read_branch(s)
-    base = replace(SHAPE, proposer="baseline", parent=s.tip)
+    shape = replace(SHAPE, preset=s.data.preset, fingerprint=s.data.fingerprint, device=s.device)
+    base = replace(shape, proposer="baseline", parent=s.tip)
     s.best, = agent.write_refs(s, [base], [agent.git(s.config, "rev-parse", "HEAD^{tree}")])
     known, text = {}, s.text
     for i in range(2, upto + 1):
         proposal, new = agent.search_proposal(text, "cpu", f"{i}", known)
         status = "keep" if i % 15 == 0 else "crash" if i % 10 == 0 else "discard"
-        row = replace(SHAPE, id=f"{i:04d}", parent=s.best.commit, description=f"{proposal.description} and why"[:80],
+        row = replace(shape, id=f"{i:04d}", parent=s.best.commit, description=f"{proposal.description} and why"[:80],
                       status=status, val_bpb=None if status == "crash" else 1.1 - i / 1e5 * (status == "keep"),
                       role=ROLES[i % 3], text_key=agent.text_key(new), model="tiny", bar=1.1, proposer="llm",
                       reason="RuntimeError: shapes do not agree" if status == "crash" else "")
@@ -145,16 +146,12 @@ SHAPE = agent.Result(
 
 def long_record(count: int) -> None:
     """Prints sizes and seconds of a long record."""
-    cache = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
     with tempfile.TemporaryDirectory() as folder:
-        checkout = make_checkout(Path(folder) / "clone", cache, source=ROOT)
+        checkout = make_checkout(Path(folder) / "clone", CACHE, source=ROOT)
         (checkout.root / "program.md").write_text((ROOT / "program.md").read_text())
         commit_all(checkout)
         checkout.git("checkout", "-q", "-b", "autoresearch/long")
         config = checkout.config(budget_s=300.0)
-        s, _ = agent.opened(config, agent.Screen())
-        global SHAPE
-        SHAPE = replace(SHAPE, preset=s.data.preset, fingerprint=s.data.fingerprint, device=s.device)
         fill(checkout, count)
         program = (ROOT / "program.md").read_text()
         notes = "## Works\n" + "* what was learned of one thing or another, at some length\n" * 30 + (
@@ -169,7 +166,7 @@ def long_record(count: int) -> None:
         agent.request(s, agent.chosen(s, program))
         print(f"the next request: {time.perf_counter() - start:.3f} s")
         shares, before, last_best = [], "", None
-        for upto in range(count - 100, count + 1):
+        for upto in range(max(2, count - 100), count + 1):
             s.results = everything[:upto]
             s.best = [r for r in s.results if r.status == "keep"][-1]
             if upto % agent.NOTES_ROWS == 0:
