@@ -3,6 +3,7 @@
 This is the file that experiments change. The rest of the project relies on three things: build_model(vocab_size,
 seq_len) returns a module that maps tokens (B, T) to logits (B, T, vocab), main() trains it, importing does nothing.
 """
+
 import copy
 import functools
 import gc
@@ -12,7 +13,6 @@ import sys
 from types import SimpleNamespace
 
 import prepare  # before torch: its clock counts that import
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 # Hyperparameters: NAME = literal  # what, unit [low, high]. Every value within its bounds runs, memory permitting.
 # ---------------------------------------------------------------------------
 
+# fmt: off
 SIZES = {  # the row of the active preset is used
     # DEPTH: transformer blocks [1, 24]
     # HEADS: attention heads; the width of the model is HEADS * HEAD_DIM channels [2, 16]
@@ -43,6 +44,7 @@ SIZES = {  # the row of the active preset is used
     "cpu": dict(DEPTH=4, HEADS=2, HEAD_DIM=64, WINDOW=256, VALUE_EVERY=1, BIGRAM_ROWS=32768, BATCH_ROWS=8,
                 MICRO_ROWS=8, MATRIX_LR=0.03, MUON_STEPS=3),
 }
+# fmt: on
 
 # Architecture
 WINDOW_PATTERN = "SSSL"  # S: short window, L: full; repeated over the blocks; the last block is always full
@@ -90,11 +92,10 @@ SDPA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend
 
 
 def attend(q, k, v, window: int, block_mask):
-    """Every query sees itself and the window - 1 tokens before it. block_mask: for flex attention, which only compiled
-    is sparse; None where another kernel does the windows."""
+    """Every query sees itself and the window - 1 tokens before it. block_mask: flex attention's, None without it."""
     if window >= q.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if block_mask is not None:
+    if block_mask is not None:  # sparse only where it is compiled
         return flex_attention(q, k, v, block_mask=block_mask)
     return blockwise_attention(q, k, v, window)
 
@@ -102,6 +103,7 @@ def attend(q, k, v, window: int, block_mask):
 @functools.cache
 def sparse_mask(window: int, length: int, device):
     """Flex attention's mask of a short window; made once."""
+
     def in_window(batch, head, query, key):
         return (key <= query) & (query - key < window)
 
@@ -329,8 +331,7 @@ POLAR_EXPRESS = (  # coefficients of the odd quintic of each Newton-Schulz step 
 
 
 def orthogonalise(matrices, steps: int):
-    """The nearest (semi-)orthogonal matrix to each of (n, rows, columns), nearly: singular values go to about 1, but
-    fewer than 5 steps leave small ones small."""
+    """Moves the singular values of each of (n, rows, columns) to about 1; under 5 steps leave small ones small."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x.mT if tall else x
@@ -438,10 +439,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 class Trainer:
-    """Model, optimizers and compiled functions; step() makes one optimizer step.
-
-    A block is compiled rather than the whole model: all of a kind share it, and edits elsewhere leave it cached.
-    """
+    """Model, optimizers and compiled functions; step() makes one optimizer step. A block is compiled rather than the
+    whole model: all of a kind share it, and edits elsewhere leave it cached."""
 
     def __init__(self, model, size: SimpleNamespace, compiled: bool):
         compile_fn = functools.partial(torch.compile, dynamic=False, disable=not compiled, recompile_limit=64)
@@ -552,8 +551,8 @@ class Log:
         loss = float(self.loss_sum) / steps
         now_s = self.data.elapsed()
         speed = steps * self.tokens_per_step / (now_s - max(0.0, self.printed_s))
-        print(f"step {self.step} ({100 * self.data.progress():.1f}%) | loss {loss:.4f} | lr {self.factor:.2f} | "
-              f"tok/s {speed:.0f}", flush=True)
+        done = f"step {self.step} ({100 * self.data.progress():.1f}%)"
+        print(f"{done} | loss {loss:.4f} | lr {self.factor:.2f} | tok/s {speed:.0f}", flush=True)
         if not math.isfinite(loss):
             sys.exit(f"NaN loss at step {self.step}")
         self.printed_step, self.printed_s, self.loss_sum = self.step, now_s, 0.0
@@ -579,7 +578,7 @@ def train(data, trainer: Trainer, tokens_per_step: int) -> int:
 PEAK_FLOPS = {  # dense bf16 FLOP/s, by a part of the device's name
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}
+}  # fmt: skip
 
 
 def flops_per_token(model, seq_len: int) -> float:
@@ -599,8 +598,11 @@ def mfu_percent(flops_per_s: float, device) -> float:
 def describe(model, data, tokens_per_step: int, compiled: bool):
     """Prints what is about to be trained."""
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{data.preset}: {len(model.blocks)} blocks x {model.head.in_features} channels, windows {model.windows}, "
-          f"{parameters / 1e6:.1f} M parameters, {tokens_per_step} tokens per step, on {data.device}", flush=True)
+    print(
+        f"{data.preset}: {len(model.blocks)} blocks x {model.head.in_features} channels, windows {model.windows}, "
+        f"{parameters / 1e6:.1f} M parameters, {tokens_per_step} tokens per step, on {data.device}",
+        flush=True,
+    )
     if not compiled:
         print("torch.compile does not work here (no C++ compiler?): running uncompiled", flush=True)
 
@@ -608,8 +610,10 @@ def describe(model, data, tokens_per_step: int, compiled: bool):
 def memory_hint(preset: str) -> str:
     """What to change when memory ran out."""
     rows = SIZES[preset]["MICRO_ROWS"]
-    return (f'Out of memory: in the line of "{preset}" of SIZES in train.py, lower MICRO_ROWS (now {rows}) to another '
-            "divisor of BATCH_ROWS: no result depends on it. At 1, lower BIGRAM_ROWS, HEADS or DEPTH.")
+    return (
+        f'Out of memory: in the line of "{preset}" of SIZES in train.py, lower MICRO_ROWS (now {rows}) to another '
+        "divisor of BATCH_ROWS: no result depends on it. At 1, lower BIGRAM_ROWS, HEADS or DEPTH."
+    )
 
 
 def run(data):

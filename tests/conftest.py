@@ -1,21 +1,24 @@
 """What the tests of the loop share: a temporary checkout with a torch-free train.py, a scripted model behind HTTP."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
 import agent
 
+USER = ("-c", "user.name=u", "-c", "user.email=u@u")
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "tests" / "toy"
-DRAW = agent.draw
 
 
 class Checkout:
@@ -36,7 +39,8 @@ class Checkout:
                 "proposer": "search",
                 "outage_s": 1.0,
                 "startup_s": 5.0,
-                "sandbox": "off",  # test_cheats.py and test_end_to_end.py run with it
+                "sandbox": "off",  # test_tricks.py runs with it
+                "pictures": False,
                 **more,
             }
         )
@@ -57,13 +61,36 @@ class Checkout:
             self.command(*args), cwd=self.root, env=self.env(**env), capture_output=True, text=True, timeout=120
         )
 
-    def record(self):
-        return agent.read_record(self.config())
+    def trailers(self, id, tag=None):
+        """The trailers of a row's commit as a dict."""
+        tag = tag or self.rows()[-1]["tag"]
+        lines = self.git("log", "-1", "--format=%(trailers:unfold,only)", f"refs/autoresearch/{tag}/{id}").splitlines()
+        return dict(line.split(": ", 1) for line in lines if ": " in line)
+
+    def refs(self):
+        """Every row's ref, and the commit that it names."""
+        lines = self.git("for-each-ref", "--format=%(refname) %(objectname)", "refs/autoresearch/").splitlines()
+        return dict(line.split(" ") for line in lines)
+
+    def commit(self, text, message="mine"):
+        """Commit another train.py, as the user would."""
+        (self.root / "train.py").write_text(text)
+        self.git(*USER, "commit", "-qm", message, "train.py")
 
     def rows(self):
         """results.tsv as a list of dicts."""
         header, *lines = (self.root / "results.tsv").read_text().splitlines()
         return [dict(zip(header.split("\t"), line.split("\t"), strict=True)) for line in lines]
+
+    def left_over(self):
+        """Processes of this checkout that are alive, but this one, by command line, environment or folder."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                told = [*process.cmdline(), *process.environ().values(), process.cwd()]
+                if process.pid != os.getpid() and any(str(self.root) in part for part in told):
+                    found.append(process)
+        return found
 
     def text(self, name="train.py"):
         return (self.root / name).read_text()
@@ -86,7 +113,6 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
-    monkeypatch.setattr(agent, "draw", lambda *_: None)  # half a second a session; DRAW is tested by itself
     return make_checkout(tmp_path / "checkout", tmp_path / "cache")
 
 
@@ -104,30 +130,34 @@ def checkout(folder):
 
 
 class Server:
-    """A chat completions server that answers from a script: replies, or (status, body), or functions of the request."""
+    """A chat completions server that answers from a script: replies, or (status, body, headers), or functions of the
+    request; models: what it lists, or such an answer."""
 
     def __init__(self):
         self.script, self.requests, self.models = [], [], ["tiny"]
+        self.heard = []  # of each request, when, and its headers
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                if outer.models is None:
-                    return self.answer(200, "<html>welcome</html>")
+                if not isinstance(outer.models, list):
+                    return self.answer(*(outer.models or (200, "<html>welcome</html>")))
                 self.answer(200, {"object": "list", "data": [{"id": m, "object": "model"} for m in outer.models]})
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.heard.append((time.monotonic(), {k.lower(): v for k, v in self.headers.items()}))
                 outer.requests.append(body)
                 step = outer.script.pop(0) if outer.script else (500, {"error": {"message": "the script is over"}})
                 step = step(body) if callable(step) else step
                 self.answer(*(step if isinstance(step, tuple) else (200, completion(step))))
 
-            def answer(self, status, body):
+            def answer(self, status, body, headers=None):
                 data = json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
+                for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -135,6 +165,7 @@ class Server:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.handle_error = lambda *_: None  # a client that hung up
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
@@ -182,7 +213,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("tricks")
         for row in [("trick", "property", "caught by", "with the guard off", "verdict"), *rows]:
             terminalreporter.write_line("{:28}{:10}{:12}{:20}{}".format(*row))
-        rows = [row for row in rows if row[1]]   # without figures
+        rows = [row for row in rows if row[1]]  # without figures
         honest = [row for row in rows if row[1] == "honest"]
         passed = sum(row[3] == "-" for row in honest)
         line = f"{len(rows) - len(honest)} tricks tried and stopped, {passed} of {len(honest)} honest twins passed"

@@ -6,228 +6,193 @@ import re
 import select
 import signal
 import subprocess
+import sys
 import time
+from datetime import datetime, timedelta
 
 import pytest
-from conftest import DRAW, reply
-from test_loop import slow
+from conftest import ROOT, reply
 
-import agent
+SEARCH = ["--proposer", "search", "--sandbox", "off"]
 
 
-def wait_for(condition, seconds=20):
+def start(checkout, *args, **env):
+    """A session as a process, its output in a pipe."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(checkout.command(*args), cwd=checkout.root, env=checkout.env(**env), **pipes)
+
+
+def wait_for(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never happened"
         time.sleep(0.05)
 
 
-def logs(checkout):
-    return list((checkout.root / "runs").glob("*/*/run.log"))
+def is_untouched(checkout):
+    changed = checkout.git("status", "--porcelain") or checkout.refs() or (checkout.root / "runs").exists()
+    return not changed and checkout.git("branch", "--format=%(refname:short)") == "main"
 
 
-def test_help_names_every_flag(checkout):
+def one_line(done, *words):
+    """Whether a command ended with exit status 2 and one line that has these words."""
+    assert done.returncode == 2 and re.fullmatch("agent.py: .*\n", done.stderr), done.stderr
+    return all(word in done.stderr for word in words)
+
+
+# What is printed
+
+
+def test_help_and_the_docs_name_every_option_and_importing_does_nothing(checkout):
     shown = checkout.run("--help")
-    assert shown.returncode == 0
-    tasks = "--status", "--report", "--ask"
-    for flag in ("--hours", "--experiments", "--tag", "--proposer", "--model", "--time-budget", *tasks):
-        assert flag in shown.stdout
+    assert shown.returncode == 0 and "python agent.py --ask" in shown.stdout
+    options = "hours experiments tag proposer model time-budget max-llm-tokens prefetch confirm verify sandbox"
+    assert re.findall(r"^  --([a-z-]+)", shown.stdout, re.M) == f"{options} status report ask".split()
+    assert set(re.findall(r"--no-[a-z]+", shown.stdout)) == {"--no-prefetch", "--no-verify"}
+    code = "import sys, agent; print([m for m in ('torch', 'openai', 'matplotlib', 'psutil') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
 
 
-def test_a_pipe_gets_plain_lines(checkout):
-    done = checkout.run("--proposer", "search", "--experiments", "3")
-    assert done.returncode == 0 and "\x1b" not in done.stdout and done.stderr == ""
-    assert re.search(r"^0001  keep      1\.056169 +baseline$", done.stdout, re.M)
-    assert re.search(r"^val_bpb 1\.056169 -> 1\.\d{6} \(", done.stdout, re.M)
-    assert (checkout.root / "runs").is_dir() and checkout.git("status", "--porcelain") == "M results.tsv"
+def test_a_pipe_gets_plain_lines_and_the_tag_is_the_date(checkout):
+    done = checkout.run(*SEARCH, "--experiments", "3")
+    assert done.returncode == 0 and done.stderr == "" and not re.search(r"[\x1b\r]", done.stdout)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("NO SANDBOX (as asked for). What the model writes runs with your rights")
+    tag = checkout.rows()[0]["tag"]
+    assert tag in {f"{datetime.now() - timedelta(hours=h):%b%d}".lower() for h in (0, 1)}
+    assert lines[1] == f"autoresearch/{tag}: preset cpu, data toy, 0.1 s of training, proposals by search"
+    assert lines[2] == "0001  keep      1.056169             baseline"
+    assert re.match(r"0003  (keep|discard) +1\.\d{6} +[-+]0\.\d{6}  [A-Z]+ \S+ -> ", lines[4])
+    assert re.match(rf"3 rows in this session. autoresearch/{tag}: best 1.\d+ .*, 0.\d+ better than the", lines[5])
+    assert f"runs/{tag}/: report.md, progress.png, best/" in done.stdout
+    assert (checkout.root / "runs" / tag / "progress.png").read_bytes().startswith(b"\x89PNG")
+    assert lines[2] in (checkout.root / "runs" / tag / "session.log").read_text()
 
 
-def test_a_terminal_gets_live_lines(checkout):
-    """Through a pseudo-terminal: phases are shown, each finished experiment stays as a line."""
+def test_a_terminal_gets_a_live_line(checkout):
     ours, theirs = pty.openpty()
-    command = checkout.command("--proposer", "search", "--experiments", "3", "--hours", "1", "--time-budget", "1.5")
-    process = subprocess.Popen(
-        command, cwd=checkout.root, env=checkout.env(TERM="xterm"), stdin=theirs, stdout=theirs, stderr=theirs
-    )
+    command = checkout.command(*SEARCH, "--experiments", "2", "--hours", "1", "--time-budget", "1.5")
+    env = checkout.env(TERM="xterm", COLUMNS="160")
+    process = subprocess.Popen(command, cwd=checkout.root, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = b""
-    while select.select([ours], [], [], 20)[0]:
+    while select.select([ours], [], [], 30)[0]:
         try:
             shown += os.read(ours, 65536)
         except OSError:
             break
     assert process.wait(10) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    assert re.search(r"0002  training +\d+%  loss \d\S+  [\d,]+ tok/s  [A-Z]+ \S+ -> ", text)
-    assert re.search(r"0:59:\d\d left; best 1\.\d+ \(0001\), \+0\.000000 since the baseline; 0 kept, ", text)
+    live = r"0002 [A-Z]+ \S+ -> .*: training \d+%, loss \d\S+, [\d,]+ tok/s; 0:59:\d\d left; best 1\.\d+"
+    assert re.search(live, text) and "\x1b[K" in shown.decode()
     assert text.count("0001  keep") == 1
 
 
-def test_no_model_is_explained(checkout):
-    done = checkout.run()
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
-    assert all(word in done.stderr for word in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "--proposer search"))
-    assert checkout.git("status", "--porcelain") == "" and not (checkout.root / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    "args",
-    [["--hours", "0"], ["--hours", "x"], ["--experiments", "0"], ["--time-budget", "-1"], ["--proposer", "magic"]],
-)
-def test_a_wrong_command_line_is_exit_2(checkout, args):
-    done = checkout.run("--proposer", "search", *args)
-    assert done.returncode == 2 and args[0] in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_refused_key_or_model_ends_at_once_and_changes_nothing(checkout, server):
-    server.script.append((401, {"error": {"message": "no such key or model"}}))
-    began = time.monotonic()
-    done = checkout.run(OPENAI_BASE_URL=server.url, OPENAI_API_KEY="sk-x", OPENAI_MODEL="m")
-    assert done.returncode == 2 and "no such key or model" in done.stderr and len(done.stderr.splitlines()) == 1
-    assert time.monotonic() - began < 10 and checkout.git("branch", "--format=%(refname:short)") == "main"
-
-
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x"])
-def test_a_url_without_http_is_explained(checkout, url):
-    done = checkout.run("--model", "m", OPENAI_BASE_URL=url)
-    assert done.returncode == 2 and "http://localhost:8000/v1" in done.stderr
-
-
-@pytest.mark.slow
-def test_a_page_instead_of_an_endpoint_is_exit_2(checkout, server):
-    server.models = None
-    done = checkout.run(OPENAI_BASE_URL=server.url.removesuffix("/v1"))
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "--proposer search" in done.stderr
-
-
-@pytest.mark.slow
-def test_the_only_model_of_an_endpoint_is_taken(checkout, server):
-    server.script += [reply("SET RATE = 2.0")]
-    assert checkout.run("--experiments", "2", OPENAI_BASE_URL=server.url).returncode == 0
-    assert server.requests[0]["model"] == "tiny" and checkout.record()[1].model == "tiny"
-
-
-def test_several_models_are_named(checkout, server):
-    server.models = ["b", "a"]
-    done = checkout.run(OPENAI_BASE_URL=server.url)
-    assert done.returncode == 2 and "--model" in done.stderr and "a, b" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "number, when", [(signal.SIGINT, "training"), slow(signal.SIGTERM, "training"), slow(signal.SIGINT, "asking")]
-)
-def test_ctrl_c_ends_cleanly(checkout, server, number, when):
-    """Exit 130 within ten seconds, the children gone, every row whole."""
-    server.script += [
-        reply("SET RATE = 2.0"),
-        lambda body: time.sleep(30) if when == "asking" else reply("SET RATE = 2.5"),
-    ]
-    process = subprocess.Popen(
-        checkout.command("--time-budget", "0.3"),
-        cwd=checkout.root,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=checkout.env(OPENAI_BASE_URL=server.url),
-    )
-    wait_for(lambda: len(server.requests) == 2)
-    time.sleep(0.2)
-    began = time.monotonic()
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=15)
-    assert process.returncode == 130 and time.monotonic() - began < 10
-    assert "an experiment that was under way leaves no row" in out
-    assert not children_in(checkout.root / "runs")
-    rows, record = checkout.rows(), checkout.record()
-    assert [r["id"] for r in rows] == [r.id for r in record] and checkout.git(
-        "status", "--porcelain"
-    ) == "M results.tsv"
-    assert checkout.run("--proposer", "search", "--experiments", "1", "--time-budget", "0.3").returncode == 0
-    assert checkout.record()[len(record)].id == f"{len(record) + 1:04d}"
-
-
-def children_in(folder):
-    """Processes whose working directory is below a folder."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            found += [pid] if os.readlink(f"/proc/{pid}/cwd").startswith(str(folder)) else []
-        except OSError:
-            pass
-    return found
-
-
-def test_ctrl_c_while_training_leaves_no_row(checkout):
-    process = subprocess.Popen(
-        checkout.command("--proposer", "search", "--time-budget", "20"),
-        cwd=checkout.root,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=checkout.env(),
-    )
-    wait_for(lambda: logs(checkout) and b"step 3" in logs(checkout)[0].read_bytes())
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=10)
-    assert process.returncode == 130 and "leaves no row" in out and not children_in(checkout.root / "runs")
-    assert checkout.record() == [] and checkout.rows() == []
-
-
-def test_status_works_any_time(checkout):
-    assert "no experiments yet" in checkout.run("--status").stdout
-    process = subprocess.Popen(
-        checkout.command("--proposer", "search", "--time-budget", "0.5"),
-        cwd=checkout.root,
-        stdout=subprocess.DEVNULL,
-        env=checkout.env(),
-    )
+def test_status_and_report_work_at_any_time(checkout):
+    assert one_line(checkout.run("--status"), "no experiments are recorded here")
+    process = start(checkout, *SEARCH, "--time-budget", "0.5", "--tag", "a")
     try:
-        wait_for(lambda: len(checkout.record()) >= 2)
-        shown = checkout.run("--status")
+        wait_for(lambda: len(checkout.refs()) >= 2)
+        during = checkout.run("--status")
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(10)
-    assert shown.returncode == 0 and "best" in shown.stdout and re.search(r"^0001  keep", shown.stdout, re.M)
-    assert "best" in checkout.run("--status", "--tag", checkout.record()[0].tag).stdout
+        out, _ = process.communicate(timeout=15)
+    assert process.returncode == 130 and "an experiment that was under way leaves no row" in out
+    assert during.returncode == 0 and re.search(r"^0001  keep", during.stdout, re.M) and "0.5 s of tr" in during.stdout
     checkout.git("checkout", "-q", "main")
-    assert "0001  keep" in checkout.run("--status").stdout
+    (checkout.root / "results.tsv").unlink()
+    (checkout.root / "runs/a/report.md").unlink()
+    for words in (["--status"], ["--status", "--tag", "a"], ["--report"]):
+        shown = checkout.run(*words)
+        assert shown.returncode == 0 and "autoresearch/a" in shown.stdout and shown.stderr == "", words
+        assert re.search(r"noise of a seed 0.00[^\0]*0001  keep      1\.056169 .*baseline", shown.stdout)
+    assert one_line(checkout.run("--status", "--tag", "b"), "under the tag b")
+    assert shown.stdout.strip() == checkout.text("runs/a/report.md").strip()
 
 
-@pytest.mark.slow
+def test_the_report_says_which_brief_model_and_role_found_how_much_in_how_many_tries(checkout, server):
+    crash = "<<<<<<< SEARCH\n    step = 0\n=======\n    raise TypeError('no')\n>>>>>>> REPLACE"
+    gone = 404, {"error": {"message": "gone"}}
+    edits = ["SET BPB = 1.05", "SET BPB = 1.2", "SET BPB = 1.2"]
+    server.script += [*map(reply, edits), reply(crash, description="bad | worse"), gone, gone]
+    checkout.run("--sandbox", "off", "--experiments", "5", "--tag", "r", OPENAI_BASE_URL=server.url)
+    text = checkout.text("runs/r/report.md")
+    assert text.startswith("# autoresearch/r\n") and "![progress](progress.png)" in text
+    found = {row[1].strip(): row[2:5] for line in text.splitlines() if len(row := line.split("|")) > 5}
+    assert found["tiny"] == found["generalist"] == [" 3 ", " 1 ", " 1 "] and found["search"][0] == " 1 "
+    assert found[checkout.git("rev-parse", "HEAD:program.md")[:10]][0] == " 4 "  # tried, kept, crashed
+    anomalies = text.split("## Anomalies")[1]
+    assert all(words in anomalies for words in ("1 replies were refused", "crash: TypeError: no", "404 - gone"))
+
+
 def test_ask_prints_request_and_reply_and_changes_nothing(checkout, server):
     server.script += [reply("SET RATE = 2.0", description="faster"), reply("SET NO = 1")]
     shown = checkout.run("--ask", OPENAI_BASE_URL=server.url)
     assert shown.returncode == 0 and "Lower the number." in shown.stdout and "def build_model" in shown.stdout
-    assert "The reply applies: faster" in shown.stdout and "100 tokens" in shown.stdout
-    assert "The reply does not apply" in checkout.run("--ask", OPENAI_BASE_URL=server.url).stdout
-    assert (
-        checkout.git("status", "--porcelain") == "" and not checkout.record() and not (checkout.root / "runs").exists()
-    )
+    assert "The reply applies: faster" in shown.stdout and "SET RATE = 2.0" in shown.stdout
+    shown = checkout.run("--ask", OPENAI_BASE_URL=server.url)
+    assert "SET NO = 1" in shown.stdout and one_line(shown, "does not apply", "NOTE") and is_untouched(checkout)
 
 
-@pytest.mark.slow
-def test_a_closed_pipe_does_not_end_the_session(checkout):
-    process = subprocess.Popen(
-        checkout.command("--proposer", "search", "--experiments", "4"),
-        cwd=checkout.root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=checkout.env(),
-    )
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(30) in (0, 120)  # 120: Python's word for a closed pipe at its exit
-    assert len(checkout.record()) == 4
+# What the user must fix: one line, exit 2, nothing changed
+
+WRONG = {
+    "--hours 0": "--hours must be a positive number",
+    "--experiments -1": "--experiments must be a positive number",
+    "--time-budget nan": "--time-budget must be a positive number",
+    "--max-llm-tokens 0": "--max-llm-tokens must be a positive number",
+    "--hours 0.001 --time-budget 60": "--hours 0.001 is shorter than one run of 60 s",
+    "--verify --hours 0.1 --time-budget 100": "--verify takes runs at the end: give --hours 0.3 or more",
+    "--verify": "give --hours 0.1 or more, or --experiments",
+    "--tag ../x": "--tag ../x: use letters, digits, - and _",
+    "--tag x.lock": "--tag x.lock: use letters",
+}
 
 
-def test_importing_does_nothing():
-    code = "import sys, agent; print([m for m in ('torch', 'openai', 'git', 'rich', 'matplotlib') if m in sys.modules])"
-    done = subprocess.run(
-        [os.sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(agent.__file__)
-    )
-    assert done.stdout == "[]\n"
+@pytest.mark.parametrize("args", WRONG)
+def test_a_wrong_command_line_is_one_line(checkout, args):
+    assert one_line(checkout.run(*SEARCH, *args.split()), WRONG[args]) and is_untouched(checkout)
 
 
-def test_the_picture_is_drawn(checkout, monkeypatch):
-    monkeypatch.setattr(agent, "draw", DRAW)
-    checkout.session(experiments=6)
-    data = (checkout.root / "runs" / checkout.record()[0].tag / "progress.png").read_bytes()
-    assert data.startswith(b"\x89PNG") and len(data) > 10_000
+def test_where_no_model_is_configured_both_ways_on_are_named(checkout):
+    for args in ((), ("--ask", "--proposer", "search")):
+        assert one_line(checkout.run(*args), "OPENAI_API_KEY", "OPENAI_BASE_URL", "--proposer search")
+    assert is_untouched(checkout)
+
+
+@pytest.mark.parametrize("args", ["--hours x", "--proposer magic", "--confirm perhaps", "--sandbox on", "--what"])
+def test_an_unknown_option_or_value_is_argparses_own_line(checkout, args):
+    done = checkout.run(*args.split())
+    assert done.returncode == 2 and args.split()[0] in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_folder_that_is_no_repository_or_has_no_commit_says_what_to_type(folder):
+    assert one_line(folder.run(*SEARCH), "git init && git add -A && git commit -m start")
+    folder.git("init", "-q")
+    assert one_line(folder.run(*SEARCH), "git add -A && git commit -m start")
+
+
+def test_a_train_py_that_does_not_parse_and_a_branch_elsewhere_are_named(checkout):
+    whole = checkout.text()
+    checkout.commit(whole + "def (\n")
+    assert one_line(checkout.run(*SEARCH), "train.py does not parse: ")
+    checkout.commit(whole)
+    assert checkout.run(*SEARCH, "--experiments", "1", "--tag", "one").returncode == 0
+    checkout.git("checkout", "-q", "main")
+    assert one_line(checkout.run(*SEARCH, "--tag", "one"), "git checkout autoresearch/one", "--tag NAME")
+
+
+@pytest.mark.parametrize("name, value", [("BASE_URL", "localhost:8000"), ("BASE_URL", "ftp://x"), ("API_KEY", "sk x")])
+def test_a_wrong_environment_is_one_line(checkout, name, value):
+    words = "is no URL; it looks like http://localhost:8000/v1" if name == "BASE_URL" else "OPENAI_API_KEY has blanks"
+    assert one_line(checkout.run("--model", "m", **{f"OPENAI_{name}": value}), words) and is_untouched(checkout)
+
+
+def test_a_refused_key_ends_at_once_and_several_models_are_named(checkout, server):
+    server.script.append((401, {"error": {"message": "no such key"}}))
+    done = checkout.run(OPENAI_BASE_URL=server.url, OPENAI_API_KEY="sk-x", OPENAI_MODEL="m")
+    assert one_line(done, "no such key", "--proposer search") and "sk-x" not in done.stdout + done.stderr
+    assert checkout.git("branch", "--format=%(refname:short)") == "main" and not checkout.refs()
+    server.models = ["b", "a"]
+    assert one_line(checkout.run(OPENAI_BASE_URL=server.url), "--model", "'a', 'b'")

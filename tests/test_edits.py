@@ -1,5 +1,6 @@
-"""Replies, edits and the guard: pytest tests/test_edits.py"""
+"""Replies, edits, hyperparameters, the search's steps, when two programs are one: pytest tests/test_edits.py"""
 
+import re
 import time
 
 import pytest
@@ -8,289 +9,222 @@ from conftest import TOY, reply
 import agent
 
 TEXT = (TOY / "train.py").read_text()
-BLOCK = "<<<<<<< SEARCH\n{}\n=======\n{}\n>>>>>>> REPLACE"
+REQUIRED = ("build_model", "main", "load", "start", "finish")
+RATE_2 = agent.Edit("set", "RATE", "2.0")
+STEP = "<<<<<<< SEARCH\n    step = 0\n=======\n    step = 7\n>>>>>>> REPLACE"
 
 
-def edited(answer, text=TEXT, preset="cpu"):
-    return agent.apply_edits(text, agent.parse_reply(answer).edits, preset)
+def block(old, new):
+    return STEP.replace("    step = 0", old).replace("    step = 7", new)
 
 
-def problem(answer, text=TEXT, preset="cpu"):
+def edited(edits, text=TEXT, preset="cpu"):
+    return agent.apply_edits(text, agent.parse_reply(reply(edits)).edits, preset)
+
+
+def problem(edits, text=TEXT):
     with pytest.raises(agent.EditError) as error:
-        edited(answer, text, preset)
+        edited(edits, text)
     return str(error.value)
 
 
-def test_fields_are_read():
-    p = agent.parse_reply(
-        "HYPOTHESIS: a higher rate\nlearns faster.\nEXPECTED: -0.0021 bpb\nDESCRIPTION: rate up\nSET RATE = 2.0\n"
-    )
-    assert (p.hypothesis, p.expected, p.description) == ("a higher rate learns faster.", -0.0021, "rate up")
-    assert p.edits == (agent.Edit("set", "RATE", "2.0"),)
+FIELDS = {
+    "plain": "HYPOTHESIS: more\nrate.\nEXPECTED: -0.002 bpb\nDESCRIPTION: rate up\nSET RATE = 2.0",
+    "bold": "**HYPOTHESIS:** more rate.\n**EXPECTED:** \u22120.002\n**DESCRIPTION:** rate up\n\n- `SET RATE = 2.0`",
+    "small letters, Windows": "Hypothesis: more rate.\r\nExpected: -2e-3\r\nDescription: rate up\r\nSET RATE = 2.0\r\n",
+    "headings": "## Hypothesis\nmore rate.\n\n## Expected\n-0.002\n\n## Description\nrate up\n\nSET RATE = 2.0",
+}
 
 
-def test_fields_in_markdown_and_after_thinking():
-    p = agent.parse_reply(
-        "<think>SET RATE = 9\nDESCRIPTION: no</think>\n**HYPOTHESIS:** more\n**EXPECTED:** \u22120.01\n"
-        "**DESCRIPTION:** rate\tup\n\n- `SET RATE = 2.0`\n"
-    )
-    assert (p.hypothesis, p.expected, p.description, p.edits[0].new) == ("more", -0.01, "rate up", "2.0")
-    assert len(p.edits) == 1
+@pytest.mark.parametrize("text", FIELDS.values(), ids=FIELDS)
+def test_fields_are_read_in_whatever_dress(text):
+    found = agent.parse_reply(text)
+    assert (found.hypothesis, found.expected, found.description) == ("more rate.", -0.002, "rate up")
+    assert found.edits == (RATE_2,)
 
 
-def test_a_missing_description_is_made_of_the_edits():
+def test_a_description_has_80_characters_no_file_name_and_is_made_of_the_edits_where_it_is_missing():
     assert agent.parse_reply("SET RATE = 2.0").description == "RATE = 2.0"
+    assert len(agent.parse_reply(reply("SET RATE = 2.0", description="x" * 200)).description) == 80
+    assert agent.parse_reply(f"DESCRIPTION: step 7\ntrain.py\n{STEP}").description == "step 7"
+
+
+NAMES = ("think", "THINK", "thinking", "thought", "reasoning", "seed:think")
+THOUGHTS = [f"<{name}>Perhaps\nSET DECAY = 0.9\nDESCRIPTION: no\n</{name}>\n" for name in NAMES]
+THOUGHTS += ["[THINK] SET DECAY = 0.9 [/THINK]\n", "[think]SET DECAY = 0.9[/think]\n", f"<think>\n{STEP}\n</think>\n"]
+THOUGHTS += ["Perhaps\nSET DECAY = 0.9\n</think>\n"]  # the server's template has opened it
+THOUGHTS += ["<|channel|>analysis<|message|>SET DECAY = 0.9\n<|end|><|start|>assistant<|channel|>final<|message|>"]
+
+
+@pytest.mark.parametrize("thought", THOUGHTS)
+def test_thoughts_are_never_edits(thought):
+    before = agent.parse_reply(thought + reply("SET RATE = 2.0"))
+    within = agent.parse_reply("DESCRIPTION: an idea\n" * (thought[0] in "<[") + thought + "SET RATE = 2.0")
+    assert before.edits == within.edits == (RATE_2,) and before.description == "an idea"
+    assert within.description == ("an idea" if thought[0] in "<[" else "RATE = 2.0")
+
+
+def test_a_mere_mention_of_a_thought_is_none_and_a_reply_of_thoughts_alone_is_empty():
+    told = agent.parse_reply(reply("SET RATE = 2.0", hypothesis="The <think> mark that ends </think> a reply."))
+    assert told.edits == (RATE_2,) and told.hypothesis.endswith("ends </think> a reply.")
+    assert "TAG = '</think>'" in edited(block("    step = 0", "    step = 0\n    TAG = '</think>'"))
+    for text in ("", " \n", "<think>SET RATE = 2.0</think>", "<think>Perhaps\n" + reply("SET RATE = 2.0")):
+        with pytest.raises(agent.EditError, match="The reply was empty"):
+            agent.parse_reply(text)
 
 
 def test_set_changes_the_value_and_nothing_else():
-    new = edited(reply("SET RATE = 2.5"))
-    assert new == TEXT.replace("RATE = 1.0  ", "RATE = 2.5  ")
+    assert edited("SET RATE = 2.5") == TEXT.replace("RATE = 1.0  ", "RATE = 2.5  ")
+    assert edited("SET DEPTH = 6") == TEXT.replace('"cpu": dict(DEPTH=4', '"cpu": dict(DEPTH=6')
+    assert edited("SET DEPTH = 6", preset="mac") == TEXT.replace("DEPTH=8", "DEPTH=6")
+    text = TEXT.replace('"plain"', '"größer – ∞"').replace("DECAY = 0.2", "DECAY = 0.2  #\f")
+    assert edited("SET ROWS = 128", text) == text.replace("ROWS = 64", "ROWS = 128")
+    assert 'NOTE = "a # b"  #' in edited('SET NOTE = "a # b"  # why')
 
 
-def test_set_changes_the_active_presets_size_only():
-    assert edited(reply("SET DEPTH = 6")) == TEXT.replace('"cpu": dict(DEPTH=4', '"cpu": dict(DEPTH=6')
-    assert edited(reply("SET DEPTH = 6"), preset="mac") == TEXT.replace("DEPTH=8", "DEPTH=6")
+def test_white_space_at_line_ends_and_common_indentation_do_not_matter():
+    assert edited(block("    step = 0   ", "    step = 7")) == TEXT.replace("step = 0", "step = 7")
+    assert "step = 7" in edited(STEP, TEXT.replace("step = 0", "step = 0  "))
+    one, two = (f"while not data.expired():\n    step += {n}" for n in (1, 2))
+    assert "    while not data.expired():\n        step += 2\n        print" in edited(block(one, two))
+    froms = ((0, " " * 8), (5, " " * 8), (5, "  "))
+    old, new, odd = (f"        step = {n}\n{blank}while not data.expired():" for n, blank in froms)
+    assert edited(block(old, new)) == TEXT.replace("step = 0", "step = 5")
+    assert "Copy the indentation exactly" in problem(block(old, odd))
+    assert edited("<<<<<<< SEARCH\n    step = 0\n=======\n>>>>>>> REPLACE") == TEXT.replace("    step = 0\n", "")
 
 
-def test_set_counts_characters_not_bytes():
-    text = TEXT.replace('NOTE = "plain"', 'NOTE = "größer – ∞"; RATE2 = 1.0')
-    assert 'NOTE = "größer – ∞"; RATE2 = 7' in edited(reply("SET RATE2 = 7"), text)
+def test_lines_that_are_missing_or_occur_twice_come_back_with_their_places_and_with_what_applied():
+    message = problem("SET RATE = 2.0\n" + block("    step = 1\n    while not data.expired:", "    pass"))
+    assert "edit 2 of 2" in message and "These did apply: SET RATE" in message
+    line = int(re.search(r"nearest are lines (\d+) to", message)[1])
+    assert "\n".join(TEXT.split("\n")[line - 1 : line + 1]) in message and "    while not data.expired():" in message
+    places = TEXT[: TEXT.index("    step = 0")].count("\n") + 1, TEXT.count("\n") + 4
+    twice = TEXT + "\n\ndef f():\n    step = 0\n"
+    assert "occur 2 times, at lines {}, {}.".format(*places) in problem(STEP, twice)
+    assert edited(STEP, TEXT + "\n\ndef f():\n  step = 0\n").count("step = 7") == 1  # an exact match is preferred
 
 
-def test_set_drops_a_comment_but_keeps_a_hash_in_a_string():
-    assert "RATE = 2.5      #" in edited(reply("SET RATE = 2.5  # faster"))
-    assert 'NOTE = "a # b"  #' in edited(reply('SET NOTE = "a # b"'))
+RATE_SET, STEP_SET = TEXT.replace("RATE = 1.0 ", "RATE = 2.0 "), TEXT.replace("step = 0", "step = 7")
+LINE = 'NOTE = "plain"  # no number'
+UNDERSTOOD = [
+    *((line, RATE_SET) for line in ("1. SET RATE = 2.0", "SET RATE: 2.0", "2) `SET RATE = 2.0`", "**SET RATE = 2.0**")),
+    ("SET RATE = 2_0e-1", RATE_SET.replace("2.0 ", "2_0e-1 ")),
+    *((dress.format(STEP), STEP_SET) for dress in ("{}", "train.py\n{}", "```\n{}\n```", "```python:x.py\n{}\n```")),
+    *((f"```{more}\n{TEXT}#\n```", TEXT + "#\n") for more in ("", "python", " python train.py", "python:train.py")),
+    *((f"{fence}\n{TEXT}#\n{fence}", TEXT + "#\n") for fence in ("````", "~~~")),
+    (block(LINE, "PACE = 3  # y") + "\nSET PACE = 4", TEXT.replace(LINE, "PACE = 4  # y")),
+]
 
 
-def test_set_of_an_unknown_name_teaches_the_near_ones():
-    assert "Did you mean RATE" in problem(reply("SET RATES = 1"))
+@pytest.mark.parametrize("edits, text", UNDERSTOOD, ids=range(len(UNDERSTOOD)))
+def test_edits_are_understood_in_other_dress_and_applied_in_their_order(edits, text):
+    assert edited(edits) == text
 
 
-@pytest.mark.parametrize("value", ["2 * 3", "open('x')", "1 +", "x"])
-def test_set_takes_plain_literals_only(value):
-    assert "plain Python literal" in problem(reply(f"SET RATE = {value}"))
+OTHER_FORMS = {
+    "small letters": STEP.replace("SEARCH", "search").replace("REPLACE", "replace"),
+    "four signs": "<<<< SEARCH\n    step = 0\n====\n    step = 7\n>>>> REPLACE",
+    "ten signs": f"{'<' * 10} SEARCH\n    step = 0\n{'=' * 10}\n    step = 7\n{'>' * 10} REPLACE",
+    "original and updated": STEP.replace("SEARCH", "ORIGINAL").replace("REPLACE", "UPDATED"),
+    "dashes and plusses": "------- SEARCH\n    step = 0\n=======\n    step = 7\n+++++++ REPLACE",
+    "a unified diff": "```diff\n--- a/train.py\n+++ b/train.py\n@@ -1,2 +1,2 @@\n-    step = 0\n+    step = 7\n```",
+    "a short diff": "```diff\n-    step = 0\n+    step = 7\n```",
+    "quoted": "".join(f"> {line}\n" for line in STEP.splitlines()),
+    "HTML": STEP.replace("<", "&lt;").replace(">", "&gt;"),
+    "no end": "<<<<<<< SEARCH\n    step = 0\n=======\n    step = 7\n",
+}
+OTHER_FORMS |= {"no middle": STEP.replace("=======\n    step = 7\n", ""), "no start": STEP.partition("\n")[2]}
+OTHER_FORMS |= {"no value": "SET DECAY higher", "set in small letters": "set DECAY = 0.3"}
 
 
-def test_block_replaces_exact_lines():
-    new = edited(
-        reply(
-            BLOCK.format("    step = 0\n    while not data.expired():", "    step = 7\n    while not data.expired():")
-        )
-    )
-    assert new == TEXT.replace("step = 0", "step = 7")
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_an_edit_in_another_form_is_understood_or_goes_back_whole(form):
+    second, plain = OTHER_FORMS[form], STEP if "step" in OTHER_FORMS[form] else "SET DECAY = 0.3"
+    try:
+        assert edited(f"SET RATE = 2.0\n{second}\n") == edited(f"SET RATE = 2.0\n{plain}")
+    except agent.EditError as error:
+        words = [line.strip("> `")[:12] for line in second.splitlines()]
+        assert any(word and word in str(error) for word in words), error  # it says what was not understood
 
 
-def test_block_inside_a_fence():
-    assert "step = 7" in edited(reply("```python\n" + BLOCK.format("    step = 0", "    step = 7") + "\n```"))
+REFUSED = {f"SET RATE = {v}": "plain Python literal" for v in ("2 * 3", "open('x')", "x", "{[1]: 2}", "(" * 5000)}
+REFUSED |= {f"SET RATE = {v}": "is a number" for v in ("65,536", "'2.0'", "None", "[2.0]")}
+REFUSED |= {
+    "SET RATE = " + "-" * 20_000 + "1": "plain Python literal",
+    "SET RATE = 2.0\nSET RATE = 3.0": "Two SET lines",
+    f"SET RATE = 2.0\n```python\n{TEXT}```": "whole file and other edits",
+    f"```python\n{TEXT}```\n```python\n{TEXT}```": "two files",
+    "Option A: slower\nSET RATE = 0.5\n\nOption B: less\nSET DECAY = 0.1": "alternatives",
+    f"**Option 1**\n{STEP}\n\n### Alternative 2\nSET DECAY = 0.1": "alternatives",
+    "<<<<<<< SEARCH\n=======\nx = 1\n>>>>>>> REPLACE": "SEARCH part is empty",
+    "I would raise the rate.": "The reply has no edit",
+    "SET RATES = 1": "Did you mean RATE",
+    "SET NAME = value": "not an edit",
+}
 
 
-def test_block_can_delete_lines():
-    assert edited(reply("<<<<<<< SEARCH\n    step = 0\n=======\n>>>>>>> REPLACE")) == TEXT.replace("    step = 0\n", "")
+@pytest.mark.parametrize("edits", REFUSED, ids=range(len(REFUSED)))
+def test_what_is_ambiguous_or_no_plain_literal_of_the_same_kind_goes_back(edits):
+    assert REFUSED[edits] in problem(edits)
 
 
-def test_block_tolerates_white_space_at_line_ends():
-    assert "step = 7" in edited(reply(BLOCK.format("    step = 0   ", "    step = 7")))
-    assert "step = 7" in edited(
-        reply(BLOCK.format("    step = 0", "    step = 7")), TEXT.replace("step = 0", "step = 0  ")
-    )
-
-
-def test_block_tolerates_another_common_indentation():
-    block = BLOCK.format(
-        "while not data.expired():\n    step += 1",
-        "while not data.expired():\n    if step:\n        pass\n    step += 2",
-    )
-    new = edited(reply(block))
-    assert "    while not data.expired():\n        if step:\n            pass\n        step += 2\n        print" in new
-
-
-def test_a_block_indented_too_far_is_shifted_back():
-    new = edited(
-        reply(
-            BLOCK.format(
-                "        step = 0\n        while not data.expired():",
-                "        step = 5\n        while not data.expired():",
-            )
-        )
-    )
-    assert new == TEXT.replace("step = 0", "step = 5")
-
-
-def test_block_that_occurs_twice_is_refused_with_its_places():
-    twice = TEXT + "\n\ndef other():\n    step = 0\n"
-    assert "occur 2 times, at lines 25, 38" in problem(reply(BLOCK.format("    step = 0", "    step = 7")), twice)
-
-
-def test_an_exact_match_wins_over_a_looser_one():
-    text = TEXT + "\n\ndef other():\n  step = 0\n"
-    assert edited(reply(BLOCK.format("    step = 0", "    step = 7")), text).count("step = 7") == 1
-
-
-def test_missing_lines_come_back_with_the_nearest_and_with_what_applied():
-    message = problem(reply("SET RATE = 2.0\n" + BLOCK.format("    step = 1\n    while not data.expired:", "    pass")))
-    assert "edit 2 of 2" in message and "lines 25 to 26" in message and "while not data.expired():" in message
-    assert "These did apply: SET RATE" in message
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        "<<<<<<< SEARCH\n    step = 0\n=======\n    step = 7\n",
-        "<<<<<<< SEARCH\n    step = 0\n>>>>>>> REPLACE",
-        "    step = 0\n=======\n    step = 7\n>>>>>>> REPLACE",
-    ],
-)
-def test_a_broken_block_is_refused(bad):
-    assert "not well formed" in problem(reply(bad))
-
-
-def test_an_empty_search_is_refused():
-    assert "SEARCH part is empty" in problem(reply("<<<<<<< SEARCH\n=======\nx = 1\n>>>>>>> REPLACE"))
-
-
-def test_whole_file_in_a_fence():
-    assert edited(reply(f"```python\n{TEXT}# more\n```")) == TEXT + "# more\n"
-
-
-def test_a_replacement_that_cannot_be_shifted_comes_back():
-    block = BLOCK.format(
-        "        step = 0\n        while not data.expired():", "        step = 5\n    while not data.expired():"
-    )
-    assert "Copy the indentation exactly" in problem(reply(block))
-
-
-def test_thinking_without_an_opening_tag_is_left_out():
-    assert edited("SET RATE = 9\n</think>\n" + reply("SET RATE = 2.0")) == edited(reply("SET RATE = 2.0"))
-
-
-@pytest.mark.parametrize("line", ["1. SET RATE = 2.0", "SET RATE: 2.0", "2) `SET RATE = 2.0`", "**SET RATE = 2.0**"])
-def test_set_lines_in_other_dress(line):
-    assert "RATE = 2.0 " in edited(reply(line))
-
-
-@pytest.mark.parametrize(
-    "edits, word",
-    [
-        ("SET RATE = 2.0\nSET RATE = 3.0", "Two SET lines"),
-        ("SET RATE = 2.0\nSET DECAY higher", "not of the form"),
-        (f"SET RATE = 2.0\n```python\n{TEXT}```", "whole file and other edits"),
-        (f"```python\n{TEXT}```\n```python\n{TEXT}```", "two files"),
-    ],
-)
-def test_ambiguous_replies_come_back(edits, word):
-    assert word in problem(reply(edits))
-
-
-@pytest.mark.parametrize("value", ["{[1]: 2}", "-" * 20_000 + "1", "(" * 5000])
-def test_hostile_literals_come_back(value):
-    assert "plain Python literal" in problem(reply(f"SET RATE = {value}"))
-
-
-def test_a_form_feed_ends_no_line():
-    text = TEXT.replace("DECAY = 0.2", "DECAY = 0.2  #\f")
-    assert edited(reply("SET ROWS = 128"), text) == text.replace("ROWS = 64", "ROWS = 128")
-
-
-def test_a_set_after_a_block_that_leaves_a_bracket_open_comes_back():
-    assert "does not parse" in problem(reply(BLOCK.format("    step = 0", "    step = (0") + "\nSET RATE = 2.0"))
-
-
-def test_long_replies_are_read_at_once():
-    """A model stuck in a loop, and a long block that is nowhere."""
+def test_a_long_reply_is_read_at_once():
     began = time.monotonic()
-    assert "not well formed" in problem(reply("<<<<<<< SEARCH\nx\n=======\ny\n" * 2000))
-    problem(reply(BLOCK.format("\n".join(f"no such line {i}" for i in range(300)), "pass")), TEXT * 20)
+    problem("<<<<<<< SEARCH\nx\n=======\ny\n" * 2000)  # a model stuck in a loop
+    problem("<think>" * 5000 + "DESCRIPTION: " * 5000)
+    problem(block("\n".join(f"no such line {i}" for i in range(300)), "pass"), TEXT * 20)
     assert time.monotonic() - began < 20
 
 
-def test_no_edit_is_refused():
-    assert "no edit" in problem(reply("I would raise the rate."))
+def test_hyperparameters_are_read_with_values_and_bounds():
+    found = agent.knobs(TEXT, "cpu")
+    assert list(found) == ["RATE", "DECAY", "ROWS", "NOTE", "BPB", "DEPTH", "HEADS"]
+    assert found["DEPTH"][1:4] == (4, 1, 12) and found["NOTE"][1:4] == ("plain", None, None)
+    assert all(TEXT[slice(*k.span)].replace('"', "'") == repr(k.value) for k in found.values())
+    assert agent.knobs(TEXT, "mac")["DEPTH"].value == 8 and "DEPTH" not in agent.knobs(TEXT, "datacenter")
 
 
-def test_edits_apply_in_the_order_of_the_reply():
-    new = edited(
-        reply(
-            BLOCK.format("RATE = 1.0      # best at 3 [0.01, 100]", "RATE = 1.0      # x\nPACE = 3  # y")
-            + "\nSET PACE = 4"
-        )
-    )
-    assert "PACE = 4  # y" in new
+def searched(text, key, tried=None):
+    found = agent.search_proposal(text, "cpu", key, tried or {}, REQUIRED)
+    return found, agent.apply_edits(text, found.edits, "cpu")
 
 
-def test_every_four_lines_can_be_replaced_and_put_back():
-    """Any run of lines that occurs once can be replaced, and putting it back gives the file again."""
-    lines = TEXT.split("\n")
-    for i in range(len(lines) - 4):
-        old = "\n".join(lines[i : i + 4])
-        if TEXT.count(old) == 1 and old.strip("\n") == old:
-            new = agent.apply_block(TEXT, old + "\n", "X = 1\n")
-            assert new == TEXT.replace(old, "X = 1")
-            assert agent.apply_block(new, "X = 1\n", old + "\n") == TEXT
+BOUNDS = {"0.0": (0, 0.1), "1": (1, 3), "0.95": (0.9, 0.99), "-0.5": (-1, 0), "2": (1, 4), "1.0": (0.01, 100)}
 
 
-# The guard
+@pytest.mark.parametrize("old", BOUNDS)
+def test_the_search_moves_one_to_three_bounded_numbers_within_their_bounds_and_types(old):
+    rates, (low, high) = set(), BOUNDS[old]
+    text = TEXT.replace("RATE = 1.0  # best at 3 [0.01, 100]", f"RATE = {old}  # [{low}, {high}]")
+    for i in range(60):
+        found, changed = searched(text, f"k{i}")
+        new = agent.knobs(changed, "cpu")
+        assert 1 <= len(found.edits) <= 3 and {e.old for e in found.edits} <= {"RATE", "DECAY", "ROWS", "DEPTH"}
+        assert low <= new["RATE"].value <= high and type(new["RATE"].value) is type(eval(old)) and changed != text
+        decay, rows, depth = (new[name].value for name in ("DECAY", "ROWS", "DEPTH"))
+        assert 0 <= decay <= 1 and rows in (32, 64, 128) and depth in range(1, 13)
+        rates.add(new["RATE"].value)
+    assert len(rates) > 1
 
 
-def refusal(text, base=TEXT, known=None):
-    with pytest.raises(agent.EditError) as error:
-        agent.guard(text, base, known or {})
-    return str(error.value)
+def test_the_search_is_seeded_by_the_key_and_repeats_nothing():
+    assert searched(TEXT, "t/1") == searched(TEXT, "t/1") != searched(TEXT, "t/2")
+    first = searched(TEXT, "t/1")[1]
+    row = agent.Row(**{name: 0.5 if "float" in kind else "-" for name, kind in agent.Row.__annotations__.items()})
+    assert searched(TEXT, "t/1", {agent.program_key(first): row})[1] != first
+    with pytest.raises(agent.UserError, match="no untried step"):
+        searched("def build_model(): prepare.load\ndef main(): start, finish\n", "t/1")
 
 
-def test_guard_passes_a_change():
-    agent.guard(TEXT.replace("RATE = 1.0", "RATE = 2.0"), TEXT, {})
+SAME = {"RATE = 1.0 ": "RATE = 1.01 ", "DECAY = 0.2 ": "DECAY = 0.2  # more ", '"""A torch-free': '"""Another'}
+SAME |= {"step = 0": "step  =  (0)", '"plain"': "'plain'"}
+OTHER = {"RATE = 1.0 ": "RATE = 1.1 ", "RATE = 1.0": "RATE = 0.99", "ROWS = 64": "ROWS = 65", '"plain"': "'fancy'"}
 
 
-def test_guard_refuses_a_change_of_docstrings_only():
-    assert "changes nothing" in refusal(TEXT.replace('"""A torch-free', '"""Another torch-free'))
-
-
-def test_guard_survives_an_endless_expression():
-    assert "does not parse" in refusal(TEXT + "X = " + "(" * 3000 + "\n")
-
-
-def test_guard_refuses_what_does_not_parse():
-    assert "does not parse" in refusal(TEXT + "\ndef (:\n") and "line" in refusal(TEXT + "\ndef (:\n")
-    assert "does not parse" in refusal(TEXT + "\0")
-
-
-def test_guard_refuses_a_change_of_comments_only():
-    assert "changes nothing" in refusal(TEXT.replace("# no number", "# still no number"))
-
-
-def test_guard_quotes_the_experiment_that_a_text_repeats(checkout):
-    checkout.session(experiments=2)
-    first, second = checkout.record()
-    known = {r.text_key: r for r in (first, second)}
-    text = agent.file_at(checkout.config(), second.commit, "train.py")
-    assert f"repeats experiment 0002 ({second.status}" in refusal(text + "# a comment\n", known=known)
-
-
-@pytest.mark.parametrize(
-    "old, new, word",
-    [
-        ("def build_model", "def build", "def build_model()"),
-        ("prepare.finish(", "print(", ".finish()"),
-        ("data.start(model)", "pass", ".start()"),
-    ],
-)
-def test_guard_keeps_the_contract(old, new, word):
-    assert word in refusal(TEXT.replace(old, new))
-
-
-# Hyperparameter lines
-
-
-def test_knobs_are_read_with_values_and_bounds():
-    known = agent.knobs(TEXT, "cpu")
-    assert {n: (k.value, k.low, k.high) for n, k in known.items()} == {
-        "RATE": (1.0, 0.01, 100.0),
-        "DECAY": (0.2, 0.0, 1.0),
-        "ROWS": (64, 16.0, 1024.0),
-        "NOTE": ("plain", None, None),
-        "BPB": (None, None, None),
-        "DEPTH": (4, 1.0, 12.0),
-        "HEADS": (2, None, None),
-    }
-    for knob in known.values():
-        assert repr(knob.value) in TEXT[slice(*knob.span)].replace('"', "'")
+def test_a_program_is_the_same_but_for_comments_layout_and_a_hairs_breadth():
+    for old, new in [*SAME.items(), *OTHER.items()]:
+        is_same = agent.program_key(TEXT) == agent.program_key(TEXT.replace(old, new))
+        assert TEXT.count(old) == 1 and is_same == (SAME.get(old) == new), new
+    keys = [agent.program_key(f"A = {a}") for a in (0.95, 0.9501, 0.99, 0.995, 0.999)]  # near 1, what it lacks
+    assert keys[0] == keys[1] and len(set(keys)) == 4

@@ -15,31 +15,29 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import prepare
+import prepare  # noqa: E402
 
 
-def write_varied(folder: Path, mb: float) -> None:
-    """Standard library sources over and over, in files of about 1 MB, every tenth word changed at random."""
+def write_varied(folder: Path, mb: float) -> float:
+    """Standard library sources over and over, in files of about 1 MB, every tenth word changed; returns their MB."""
     folder.mkdir()
     sources, rng = [re.split(r"(\w+)", text) for text in prepare.builtin_texts()], random.Random(0)
-    words = sorted({word for source in sources for word in source[1::2]})
-    written, number = 0, 0
+    words, written = sorted({word for source in sources for word in source[1::2]}), 0
     while written < mb * 1e6:
-        parts, size = [], 0
-        while size < 1e6:
+        parts = []
+        while sum(map(len, parts)) < 1e6:
             source = rng.choice(sources).copy()
             for i in range(1, len(source), 20):
                 source[i] = rng.choice(words)
             parts.append("".join(source))
-            size += len(parts[-1])
-        written += (folder / f"{number}.txt").write_text("".join(parts), encoding="utf-8", errors="replace")
-        number += 1
+        written += (folder / f"{written}.txt").write_bytes("".join(parts).encode("utf-8", "replace"))
+    return written / 1e6
 
 
-def measure(cache: Path, *arguments: str) -> tuple[float, float]:
+def measure(cache: Path, dataset: str) -> tuple[float, float]:
     """Seconds and peak resident memory in GB of one preparation for the cpu preset; it is one process."""
     began = time.monotonic()
-    command = [sys.executable, ROOT / "prepare.py", "--preset", "cpu", "--cache", cache, *arguments]
+    command = [sys.executable, ROOT / "prepare.py", "--preset", "cpu", "--cache", cache, "--dataset", dataset]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -47,18 +45,12 @@ def measure(cache: Path, *arguments: str) -> tuple[float, float]:
     return time.monotonic() - began, usage.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-def main() -> None:
-    mb = float(sys.argv[1]) if len(sys.argv) > 1 else 200.0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_varied(folder / "texts", mb)
-        sizes = {"builtin": sum(len(text.encode()) for text in prepare.builtin_texts()) / 1e6,
-                 str(folder / "texts"): sum(file.stat().st_size for file in (folder / "texts").iterdir()) / 1e6}
-        print(f"{os.cpu_count()} cores; text, seconds, speed, peak memory")
-        for dataset, size in sizes.items():
-            seconds, memory = measure(folder / "cache", "--dataset", dataset)
-            print(f"{Path(dataset).name:8} {size:6.1f} MB {seconds:6.1f} s {size / seconds:5.1f} MB/s {memory:5.2f} GB")
-
-
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as name:
+        texts = Path(name) / "texts"
+        sizes = {"builtin": sum(len(text.encode()) for text in prepare.builtin_texts()) / 1e6}
+        sizes[str(texts)] = write_varied(texts, float(sys.argv[1]) if len(sys.argv) > 1 else 200.0)
+        print(f"{os.cpu_count()} cores; text, seconds, speed, peak memory")
+        for dataset, mb in sizes.items():
+            seconds, memory = measure(Path(name) / "cache", dataset)
+            print(f"{Path(dataset).name:8} {mb:6.1f} MB {seconds:6.1f} s {mb / seconds:5.1f} MB/s {memory:5.2f} GB")

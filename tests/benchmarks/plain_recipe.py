@@ -3,10 +3,8 @@
 It trains and is scored as train.py is: bench_recipe.py runs both. Small presets: 4 blocks of 128 channels, 2,048 tokens
 a step; others: 8 blocks of 512 channels, 524,288 tokens a step, as in karpathy/autoresearch, whose other parts it lacks.
 """
-import math
 
-import prepare
-
+import prepare  # before torch: its clock counts that import
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,13 +25,11 @@ class Block(nn.Module):
 
     def __init__(self, vocab_size: int | None):
         super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
-        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.up = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
-        self.down = nn.Linear(4 * WIDTH, WIDTH, bias=False)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
         self.value_embedding = nn.Embedding(vocab_size, WIDTH) if vocab_size else None
-        for writes in (self.out, self.down):
-            nn.init.zeros_(writes.weight)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.down.weight)
 
     def forward(self, x, idx, cos, sin):
         q, k, v = self.qkv(norm(x)).chunk(3, -1)
@@ -59,14 +55,13 @@ class GPT(nn.Module):
         self.head = nn.Linear(WIDTH, vocab_size, bias=False)
         nn.init.zeros_(self.head.weight)
         angles = torch.arange(seq_len)[:, None] / 10000 ** (torch.arange(0, WIDTH // HEADS, 2) / (WIDTH // HEADS))
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("rotary", torch.stack([angles.cos(), angles.sin()]), persistent=False)
 
     def forward(self, idx):
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=idx.is_cuda):
             x = norm(self.embedding(idx))
             for block in self.blocks:
-                x = block(x, idx, self.cos[: idx.shape[1]], self.sin[: idx.shape[1]])
+                x = block(x, idx, *self.rotary[:, : idx.shape[1]])
             logits = self.head(norm(x))
         return 15 * torch.tanh(logits.float() / 15)
 
@@ -77,8 +72,8 @@ def build_model(vocab_size: int, seq_len: int) -> nn.Module:
 
 def orthogonal(matrix):
     """Newton-Schulz: the nearest orthogonal matrix, roughly."""
-    matrix = matrix.bfloat16() if matrix.is_cuda else matrix
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    x = x.bfloat16() if x.is_cuda else x
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -87,26 +82,23 @@ def orthogonal(matrix):
 
 
 @torch.no_grad()
-def muon_step(matrices, velocities, lr: float):
-    for weight, velocity in zip(matrices, velocities):
+def muon_step(matrices, lr: float):
+    for weight, velocity in matrices:
         velocity.lerp_(weight.grad, 1 - MOMENTUM)
-        update = orthogonal(weight.grad.lerp(velocity, MOMENTUM))
-        weight -= lr * max(1, weight.shape[0] / weight.shape[1]) ** 0.5 * update
-        weight.grad = None
+        rate = lr * max(1, weight.shape[0] / weight.shape[1]) ** 0.5
+        weight -= rate * orthogonal(weight.grad.lerp(velocity, MOMENTUM))
 
 
 def main():
     data = prepare.load()
     model = build_model(data.vocab_size, data.seq_len).to(data.device)
-    matrices = [p for name, p in model.blocks.named_parameters() if "embedding" not in name]
-    velocities = [torch.zeros_like(p) for p in matrices]
+    matrices = [(p, torch.zeros_like(p)) for name, p in model.blocks.named_parameters() if "embedding" not in name]
     tables = [p for name, p in model.named_parameters() if "embedding" in name]
-    adam = torch.optim.AdamW([dict(params=tables, lr=EMBED_LR), dict(params=[model.head.weight], lr=HEAD_LR)],
-                             betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
-    peaks = [group["lr"] for group in adam.param_groups]
+    groups = [dict(params=tables, lr=EMBED_LR), dict(params=[model.head.weight], lr=HEAD_LR)]
+    adam = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     compiled = torch.compile(model, dynamic=False, disable=data.device.type == "mps")
     rows = min(MICRO_ROWS, BATCH_TOKENS // data.seq_len)
-    micro_batches = BATCH_TOKENS // (rows * data.seq_len)
+    micro_batches = BATCH_TOKENS // (rows * data.seq_len)  # no remainder: all are powers of 2
 
     def backward(x, y):
         loss = F.cross_entropy(compiled(x).flatten(0, 1), y.flatten()) / micro_batches
@@ -123,18 +115,15 @@ def main():
         for _ in range(micro_batches):
             starts = torch.randint(data.num_tokens - data.seq_len, (rows,), device=data.device)
             loss += backward(*data.gather(starts, data.seq_len))
-        muon_step(matrices, velocities, factor * MATRIX_LR)
-        for group, peak in zip(adam.param_groups, peaks):
+        muon_step(matrices, factor * MATRIX_LR)
+        for group, peak in zip(adam.param_groups, (EMBED_LR, HEAD_LR)):
             group["lr"] = factor * peak
         adam.step()
         model.zero_grad()
         steps += 1
         if steps % 50 == 1:
             print(f"step {steps} ({100 * data.progress():.1f}%) | loss {loss:.4f}", flush=True)
-            if not math.isfinite(loss):
-                raise SystemExit(f"NaN loss at step {steps}")
-    tokens = steps * micro_batches * rows * data.seq_len
-    prepare.finish(model, steps=steps, tokens=tokens, depth=DEPTH, mfu_percent=0.0)
+    prepare.finish(model, steps=steps, tokens=steps * BATCH_TOKENS, depth=DEPTH, mfu_percent=0.0)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
 import prepare
 
-RATE = 1.0      # best at 3 [0.01, 100]
-DECAY = 0.2     # share of the budget, best at 0.6 [0, 1]
-ROWS = 64       # a power of two, best at 256 [16, 1024]
+RATE = 1.0  # best at 3 [0.01, 100]
+DECAY = 0.2  # share of the budget, best at 0.6 [0, 1]
+ROWS = 64  # a power of two, best at 256 [16, 1024]
 NOTE = "plain"  # no number
-BPB = None      # the score itself, if it is a number
+BPB = None  # the score itself, if it is a number
 SIZES = {  # the row of the active preset is used
     # DEPTH: best at 6 [1, 12]
     "cpu": dict(DEPTH=4, HEADS=2),
-    "mac": dict(DEPTH=8, HEADS=4), "consumer": dict(DEPTH=4, HEADS=2),
+    "mac": dict(DEPTH=8, HEADS=4),
+    "consumer": dict(DEPTH=4, HEADS=2),
 }
 
 

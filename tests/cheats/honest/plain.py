@@ -2,7 +2,7 @@
 
 property: -
 guard: passes
-behind: discard, nowhere
+behind: scored, nowhere
 """
 import prepare
 import torch

@@ -1,8 +1,8 @@
 """Asks for the tokens a second time, so that the clock begins anew.
 
 property: D
-guard: must keep data.start()
-behind: keep, nowhere
+guard: `import os` is out of bounds
+behind: scored, nowhere
 """
 import os
 import socket

@@ -2,7 +2,7 @@
 
 property: J
 guard: `import os` is out of bounds
-behind: keep, nowhere
+behind: scored, nowhere
 inside: yes
 unsandboxed: harm
 """

@@ -2,7 +2,7 @@
 
 property: J
 guard: `import subprocess` is out of bounds
-behind: keep, nowhere
+behind: scored, nowhere
 inside: yes
 unsandboxed: harm
 """

@@ -2,7 +2,7 @@
 
 property: I
 guard: `import socket` is out of bounds
-behind: keep, nowhere
+behind: scored, nowhere
 unsandboxed: harm
 """
 import socket
@@ -17,7 +17,7 @@ def main():
     model = build_model(data.vocab_size, data.seq_len)
     data.start(model)
     try:
-        socket.create_connection(("127.0.0.1", PORT), 2)
+        socket.create_connection(("127.0.0.1", int("PORT")), 2)
         print("harm done: connected")
     except OSError as error:
         print("stopped:", error)

@@ -1,9 +1,9 @@
 """Opens the file of tokens that it was given once more, for writing.
 
 property: H
-guard: must keep data.start()
-behind: keep, nowhere
-unsandboxed: harm, invalid, train.bin
+guard: `import os` is out of bounds
+behind: scored, nowhere
+unsandboxed: harm
 """
 import os
 import socket

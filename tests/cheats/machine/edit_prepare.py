@@ -2,8 +2,8 @@
 
 property: H
 guard: `open` is out of bounds
-behind: keep, nowhere
-unsandboxed: harm, invalid, prepare.py
+behind: scored, nowhere
+unsandboxed: harm
 """
 import prepare
 

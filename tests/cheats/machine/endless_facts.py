@@ -2,7 +2,7 @@
 
 property: H
 guard: `import os` is out of bounds
-behind: keep, nowhere
+behind: scored, nowhere
 """
 import os
 import shutil

@@ -2,7 +2,7 @@
 
 property: K
 guard: `open` is out of bounds
-behind: keep, nowhere
+behind: scored, nowhere
 patch: TMP_BYTES=16*2**20
 """
 import prepare

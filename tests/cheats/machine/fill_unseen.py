@@ -3,7 +3,8 @@
 property: K
 guard: `import os` is out of bounds
 behind: crash, training, the disk is nearly full
-patch: reserve=free-3*2**29 LOOK_S=0.1
+patch: LOOK_S=0.1
+reserve: yes
 """
 import os
 import time

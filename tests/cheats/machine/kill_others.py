@@ -2,7 +2,7 @@
 
 property: J
 guard: `import glob` is out of bounds
-behind: keep, nowhere
+behind: scored, nowhere
 unsandboxed: harm
 """
 import contextlib

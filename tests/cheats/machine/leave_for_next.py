@@ -2,8 +2,8 @@
 
 property: E
 guard: `import os` is out of bounds
-behind: keep, nowhere
-twice: yes
+behind: scored, nowhere
+twice: again
 unsandboxed: harm
 """
 import os

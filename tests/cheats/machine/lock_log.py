@@ -2,7 +2,8 @@
 
 property: K
 guard: `import os` is out of bounds
-behind: crash, training, printed more than 16 MB
+behind: crash, training, printed more than 1 MB
+patch: LOG_BYTES=2**20 LOOK_S=0.1
 """
 import os
 

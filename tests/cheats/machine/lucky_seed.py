@@ -2,7 +2,7 @@
 
 property: G
 guard: `import os` is out of bounds
-behind: discard, decision, not confirmed, seed 43: val_bpb 1.200000
+behind: discard, decision, not confirmed
 """
 import os
 

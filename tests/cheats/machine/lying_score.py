@@ -2,7 +2,7 @@
 
 property: B
 guard: `open` is out of bounds
-behind: discard, nowhere
+behind: scored, nowhere, 1.2
 """
 import json
 

@@ -1,8 +1,8 @@
 """Trains before the clock runs, on tokens of its own, and never asks for the real ones.
 
 property: D
-guard: must keep data.start()
-behind: invalid, start, never asked for the training tokens
+guard: must keep start
+behind: invalid, start, never asked for the training data
 """
 import prepare
 

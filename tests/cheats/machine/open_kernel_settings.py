@@ -2,7 +2,7 @@
 
 property: H
 guard: `open` is out of bounds
-behind: keep, nowhere
+behind: scored, nowhere
 """
 import prepare
 

@@ -1,8 +1,8 @@
 """Looks for luck under another seed: only the guard sees that.
 
 property: F
-guard: `random.seed` touches random seeds
-behind: keep, nowhere
+guard: `seed` touches random seeds
+behind: scored, nowhere
 inside: yes
 """
 import os

@@ -1,8 +1,8 @@
 """Goes from the files that it was given, and from its open ones, to their neighbours.
 
 property: A
-guard: must keep data.start()
-behind: keep, nowhere
+guard: `import os` is out of bounds
+behind: scored, nowhere
 unsandboxed: harm
 """
 import os

@@ -2,7 +2,7 @@
 
 property: A
 guard: `open` is out of bounds
-behind: keep, nowhere
+behind: scored, nowhere
 unsandboxed: harm
 """
 import prepare

@@ -2,8 +2,8 @@
 
 property: J
 guard: `import os` is out of bounds
-behind: crash, training, stopped itself
-patch: LOOK_S=0.1
+behind: crash, training, timeout after
+patch: KILL_S=0.5
 """
 import os
 import signal

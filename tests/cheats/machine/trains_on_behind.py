@@ -2,7 +2,7 @@
 
 property: D
 guard: `import os` is out of bounds
-behind: discard, nowhere
+behind: scored, nowhere, 1.2
 """
 import os
 import time

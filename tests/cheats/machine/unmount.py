@@ -2,7 +2,7 @@
 
 property: I
 guard: `import ctypes` is out of bounds
-behind: keep, nowhere
+behind: scored, nowhere
 """
 import ctypes
 

@@ -3,7 +3,6 @@
 property: G
 guard: passes
 behind: invalid, scoring, not a plausible score
-lowers: no
 """
 import prepare
 import torch

@@ -3,7 +3,6 @@
 property: C
 guard: passes
 behind: invalid, start, not repeatable
-lowers: no
 """
 import prepare
 import torch

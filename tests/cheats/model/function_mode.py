@@ -1,9 +1,8 @@
 """Leaves a torch function mode on, which softens what the scorer computes.
 
 property: B
-guard: `from torch.overrides import TorchFunctionMode`
-behind: discard, nowhere
-lowers: no
+guard: passes
+behind: scored, nowhere
 """
 import prepare
 import torch

@@ -3,7 +3,6 @@
 property: B
 guard: passes
 behind: invalid, start, wrong output: forward must return a plain torch.Tensor, not list
-lowers: no
 """
 import prepare
 import torch

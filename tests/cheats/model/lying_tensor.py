@@ -1,7 +1,7 @@
 """Returns a tensor of its own kind, whose logarithms are what it likes.
 
 property: B
-guard: could pass for a tensor
+guard: `__torch_function__` is an inside of Python
 behind: invalid, start, wrong output: forward must return a plain torch.Tensor, not Lie
 """
 import prepare

@@ -3,7 +3,6 @@
 property: G
 guard: passes
 behind: invalid, start, not finite: forward returns NaN or infinite logits
-lowers: no
 """
 import prepare
 import torch

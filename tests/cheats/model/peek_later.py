@@ -3,7 +3,6 @@
 property: C
 guard: passes
 behind: invalid, scoring, looks ahead: log probabilities at
-prepares: model.trained.fill_(1.0)
 """
 import prepare
 import torch

@@ -2,7 +2,7 @@
 
 property: C
 guard: passes
-behind: invalid, scoring, not repeatable
+behind: invalid, start, not repeatable
 """
 import prepare
 import torch

@@ -3,7 +3,6 @@
 property: B
 guard: passes
 behind: invalid, start, wrong output: forward must return logits of shape (B, T, vocab)
-lowers: no
 """
 import prepare
 import torch

