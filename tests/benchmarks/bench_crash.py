@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import USER, commit_all, make_checkout  # noqa: E402
 
 ROUNDS = 10  # kills in one checkout
-LATEST_S = 3.0  # from the start of a session to its kill
+LATEST_S = 2.5  # from the start of a session to its kill
 FORM = "%H%x01%P%x01%s%x01%(trailers:unfold,only)%x02"
 
 # Scores fall with the clock, so that every experiment is a keep, but for some values of DECAY where the file `odd` is
