@@ -4,6 +4,7 @@ property: -
 guard: passes
 behind: scored, nowhere
 """
+
 import prepare
 import torch
 import torch.nn.functional as F

@@ -5,14 +5,17 @@ guard: `import glob` is out of bounds
 behind: scored, nowhere
 unsandboxed: harm
 """
+
 import glob
 import os
 import socket
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def tried(act, *args):
     try:
@@ -20,11 +23,19 @@ def tried(act, *args):
     except OSError as error:
         print("stopped:", error)
 
+
 def main():
     data = prepare.load()
     model = build_model(data.vocab_size, data.seq_len)
     data.start(model)
-    for path in ("/etc/shadow", "HOME/secret", "ROOT/program.md", "ROOT/.git/config", "CACHE/toy/val.bin", "CACHE/current"):
+    for path in (
+        "/etc/shadow",
+        "HOME/secret",
+        "ROOT/program.md",
+        "ROOT/.git/config",
+        "CACHE/toy/val.bin",
+        "CACHE/current",
+    ):
         tried(open, path, "rb")
     for folder in ("ROOT", "CACHE", "HOME", ".."):
         tried(open, folder + "/canary", "ab")
@@ -38,6 +49,7 @@ def main():
         if os.path.isdir("/proc/self/fd/" + name):
             print("harm done: was given an open folder")
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

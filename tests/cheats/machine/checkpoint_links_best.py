@@ -4,12 +4,15 @@ property: H
 guard: `import os` is out of bounds
 behind: crash, training, no checkpoint
 """
+
 import os
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -18,6 +21,7 @@ def main():
     os.symlink("RUNS/best/checkpoint.pt", "checkpoint.pt")
     if data.progress() < 0:
         prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

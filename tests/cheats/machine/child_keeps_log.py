@@ -6,13 +6,16 @@ behind: scored, nowhere
 inside: yes
 unsandboxed: harm
 """
+
 import os
 import time
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -25,6 +28,7 @@ def main():
             time.sleep(0.1)
     time.sleep(0.2)
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

@@ -6,12 +6,15 @@ behind: scored, nowhere
 inside: yes
 unsandboxed: harm
 """
+
 import subprocess
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -20,6 +23,7 @@ def main():
     subprocess.Popen(["sleep", "60"], start_new_session=True, cwd="/")
     print("harm done: it sleeps")
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

@@ -5,12 +5,15 @@ guard: `import socket` is out of bounds
 behind: scored, nowhere
 unsandboxed: harm
 """
+
 import socket
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -22,6 +25,7 @@ def main():
     except OSError as error:
         print("stopped:", error)
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

@@ -4,12 +4,15 @@ property: K
 guard: `import os` is out of bounds
 behind: crash, training, levels deep
 """
+
 import os
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -19,6 +22,7 @@ def main():
     for level in range(1500):
         os.mkdir("a")
         os.chdir("a")
+
 
 if __name__ == "__main__":
     main()

@@ -4,10 +4,13 @@ property: H
 guard: `open` is out of bounds
 behind: scored, nowhere
 """
+
 import prepare
+
 
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -17,6 +20,7 @@ def main():
         with open(name, "w") as file:
             file.write("raise SystemExit(1)")
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

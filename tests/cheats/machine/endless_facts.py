@@ -4,13 +4,16 @@ property: H
 guard: `import os` is out of bounds
 behind: scored, nowhere
 """
+
 import os
 import shutil
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -21,6 +24,7 @@ def main():
     os.remove("facts.json")
     for name in ("facts.json", "score.json", os.environ["TORCHINDUCTOR_CACHE_DIR"]):
         os.mkfifo(name)
+
 
 if __name__ == "__main__":
     main()

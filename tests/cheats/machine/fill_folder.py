@@ -5,12 +5,15 @@ guard: `open` is out of bounds
 behind: crash, training, wrote more than
 patch: WORK_BYTES=32*2**20 LOOK_S=0.1
 """
+
 import time
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -21,6 +24,7 @@ def main():
             file.write(bytes(2**20))
             time.sleep(0.005)
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

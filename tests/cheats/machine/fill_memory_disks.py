@@ -5,10 +5,13 @@ guard: `open` is out of bounds
 behind: scored, nowhere
 patch: TMP_BYTES=16*2**20
 """
+
 import prepare
+
 
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -23,6 +26,7 @@ def main():
         except OSError as error:
             print("stopped:", error)
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

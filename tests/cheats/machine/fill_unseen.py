@@ -6,13 +6,16 @@ behind: crash, training, the disk is nearly full
 patch: LOOK_S=0.1
 reserve: yes
 """
+
 import os
 import time
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -23,6 +26,7 @@ def main():
     os.posix_fallocate(file.fileno(), 0, 2 * 2**30)
     time.sleep(5)
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

@@ -4,10 +4,13 @@ property: K
 guard: `open` is out of bounds
 behind: scored, nowhere
 """
+
 import prepare
+
 
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -17,6 +20,7 @@ def main():
     for name in ("facts.json", "score.json"):
         with open(name, "wb") as file:
             file.truncate(3 * 2**30)
+
 
 if __name__ == "__main__":
     main()

@@ -7,14 +7,17 @@ patch: KILL_S=0.5
 inside: yes
 unsandboxed: harm
 """
+
 import os
 import signal
 import time
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -27,6 +30,7 @@ def main():
     print("harm done: it hangs", flush=True)
     time.sleep(60)
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

@@ -4,10 +4,13 @@ property: G
 guard: passes
 behind: crash, scoring, no score
 """
+
 import prepare
+
 
 def build_model(vocab_size, seq_len):
     return {"bpb": -float("inf")}
+
 
 def main():
     data = prepare.load()
@@ -15,6 +18,7 @@ def main():
     data.start(model)
     model.update(steps=1)
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

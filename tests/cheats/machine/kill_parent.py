@@ -4,14 +4,17 @@ property: J
 guard: `import os` is out of bounds
 behind: scored, nowhere
 """
+
 import os
 import signal
 import time
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -25,6 +28,7 @@ def main():
     except OSError as error:
         print("stopped:", error)
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

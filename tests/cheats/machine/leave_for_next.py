@@ -6,12 +6,15 @@ behind: scored, nowhere
 twice: again
 unsandboxed: harm
 """
+
 import os
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -28,6 +31,7 @@ def main():
         except OSError as error:
             print("stopped:", error)
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

@@ -4,12 +4,15 @@ property: K
 guard: `import os` is out of bounds
 behind: scored, nowhere
 """
+
 import os
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -20,6 +23,7 @@ def main():
     for folder, _, names in os.walk(".", topdown=False):
         for path in (*(os.path.join(folder, name) for name in names), folder):
             os.chmod(path, 0)
+
 
 if __name__ == "__main__":
     main()

@@ -5,12 +5,15 @@ guard: `import os` is out of bounds
 behind: crash, training, wrote more than
 patch: WORK_BYTES=32*2**20
 """
+
 import os
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -22,6 +25,7 @@ def main():
         os.chdir("a" * 200)
     with open("fill", "wb") as file:
         file.write(bytes(64 * 2**20))
+
 
 if __name__ == "__main__":
     main()

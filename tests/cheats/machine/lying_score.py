@@ -4,12 +4,15 @@ property: B
 guard: `open` is out of bounds
 behind: scored, nowhere, 1.2
 """
+
 import json
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.2}
+
 
 def main():
     data = prepare.load()
@@ -21,6 +24,7 @@ def main():
     for name in ("facts.json", "score.json", "val_rows.npy"):
         with open(name, "w") as file:
             json.dump(lie, file)
+
 
 if __name__ == "__main__":
     main()

@@ -5,12 +5,15 @@ guard: `open` is out of bounds
 behind: crash, training, wrote more than
 patch: WORK_FILES=500 LOOK_S=0.1
 """
+
 import time
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -20,6 +23,7 @@ def main():
         open(f"{number}", "x").close()
         time.sleep(0.0002)
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

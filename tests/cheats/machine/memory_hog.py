@@ -5,12 +5,15 @@ guard: passes
 behind: crash, training, out of memory
 patch: FREE_SHARE=(available-200*2**20)/total LOOK_S=0.1
 """
+
 import time
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -22,6 +25,7 @@ def main():
         time.sleep(0.005)
     time.sleep(10)
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

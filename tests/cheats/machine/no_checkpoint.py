@@ -4,10 +4,13 @@ property: G
 guard: passes
 behind: crash, training, no checkpoint
 """
+
 import prepare
+
 
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -15,6 +18,7 @@ def main():
     data.start(model)
     if data.progress() < 0:
         prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

@@ -5,12 +5,15 @@ guard: `import os` is out of bounds
 behind: invalid, training, s late
 patch: LATE_S=0.3
 """
+
 import os
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     os.environ["AUTORESEARCH_TIME_BUDGET"] = "1.0"
@@ -20,6 +23,7 @@ def main():
     while not data.expired():
         data.rest()
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

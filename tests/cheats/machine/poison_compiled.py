@@ -5,12 +5,15 @@ guard: `import os` is out of bounds
 behind: scored, nowhere
 twice: again
 """
+
 import os
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -22,6 +25,7 @@ def main():
         print("harm done" if "poison" in file.read() else "stopped: it is clean")
         file.write("poison")
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

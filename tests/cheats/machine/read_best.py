@@ -5,12 +5,15 @@ guard: `import glob` is out of bounds
 behind: scored, nowhere
 unsandboxed: harm
 """
+
 import glob
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -23,6 +26,7 @@ def main():
         except OSError as error:
             print("stopped:", error)
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

@@ -5,13 +5,16 @@ guard: `import os` is out of bounds
 behind: scored, nowhere
 unsandboxed: harm
 """
+
 import os
 import socket
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -28,6 +31,7 @@ def main():
             print("stopped:", error)
     prepare.finish(model, steps=1, tokens=1)
     os.close(given[0])
+
 
 if __name__ == "__main__":
     main()

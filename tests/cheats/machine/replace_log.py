@@ -4,13 +4,16 @@ property: H
 guard: `import os` is out of bounds
 behind: scored, nowhere
 """
+
 import os
 import time
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -24,6 +27,7 @@ def main():
     except OSError as error:
         print("stopped:", error)
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

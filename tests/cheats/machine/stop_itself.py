@@ -5,13 +5,16 @@ guard: `import os` is out of bounds
 behind: crash, training, timeout after
 patch: KILL_S=0.5
 """
+
 import os
 import signal
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.0}
+
 
 def main():
     data = prepare.load()
@@ -19,6 +22,7 @@ def main():
     data.start(model)
     os.kill(os.getpid(), signal.SIGSTOP)
     prepare.finish(model, steps=1, tokens=1)
+
 
 if __name__ == "__main__":
     main()

@@ -4,13 +4,16 @@ property: D
 guard: `import os` is out of bounds
 behind: scored, nowhere, 1.2
 """
+
 import os
 import time
 
 import prepare
 
+
 def build_model(vocab_size, seq_len):
     return {"bpb": 1.2}
+
 
 def main():
     data = prepare.load()
@@ -22,6 +25,7 @@ def main():
         time.sleep(0.2)
         prepare.finish({"bpb": 1.0}, steps=1, tokens=1)
         time.sleep(60)
+
 
 if __name__ == "__main__":
     main()

@@ -4,6 +4,7 @@ property: G
 guard: passes
 behind: invalid, scoring, not a plausible score
 """
+
 import prepare
 import torch
 import torch.nn.functional as F

@@ -4,6 +4,7 @@ property: B
 guard: passes
 behind: scored, nowhere
 """
+
 import prepare
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,9 @@ from torch.overrides import TorchFunctionMode
 class Mode(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
-        return found * 0.01 if getattr(function, "__name__", "") in ("log_softmax", "cross_entropy", "gather") else found
+        return (
+            found * 0.01 if getattr(function, "__name__", "") in ("log_softmax", "cross_entropy", "gather") else found
+        )
 
 
 class Model(torch.nn.Module):

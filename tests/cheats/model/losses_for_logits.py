@@ -4,6 +4,7 @@ property: B
 guard: passes
 behind: invalid, start, wrong output: forward must return a plain torch.Tensor, not list
 """
+
 import prepare
 import torch
 import torch.nn.functional as F

@@ -4,6 +4,7 @@ property: B
 guard: `__torch_function__` is an inside of Python
 behind: invalid, start, wrong output: forward must return a plain torch.Tensor, not Lie
 """
+
 import prepare
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,11 @@ class Lie(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         found = super().__torch_function__(function, types, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
-            return (found * 0.01).as_subclass(Lie) if isinstance(found, torch.Tensor) and found.is_floating_point() else found
+            return (
+                (found * 0.01).as_subclass(Lie)
+                if isinstance(found, torch.Tensor) and found.is_floating_point()
+                else found
+            )
 
 
 class Model(torch.nn.Module):

@@ -4,6 +4,7 @@ property: G
 guard: passes
 behind: invalid, start, not finite: forward returns NaN or infinite logits
 """
+
 import prepare
 import torch
 import torch.nn.functional as F

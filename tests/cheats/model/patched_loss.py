@@ -4,6 +4,7 @@ property: B
 guard: passes
 behind: scored, nowhere
 """
+
 import prepare
 import torch
 import torch.nn.functional as F

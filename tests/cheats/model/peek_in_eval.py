@@ -4,6 +4,7 @@ property: C
 guard: passes
 behind: invalid, start, looks ahead: log probabilities at
 """
+
 import prepare
 import torch
 import torch.nn.functional as F

@@ -4,6 +4,7 @@ property: C
 guard: passes
 behind: invalid, start, repeatable: the same tokens give other log probabilities
 """
+
 import prepare
 import torch
 import torch.nn.functional as F

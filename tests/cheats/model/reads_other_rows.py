@@ -4,6 +4,7 @@ property: C
 guard: passes
 behind: invalid, start, mixes rows
 """
+
 import prepare
 import torch
 import torch.nn.functional as F

@@ -4,6 +4,7 @@ property: B
 guard: passes
 behind: invalid, start, wrong output: forward must return logits of shape (B, T, vocab)
 """
+
 import prepare
 import torch
 import torch.nn.functional as F

@@ -4,6 +4,7 @@ property: H
 guard: `import os` is out of bounds
 behind: crash, scoring, UnpicklingError
 """
+
 import os
 
 import prepare

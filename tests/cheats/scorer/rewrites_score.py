@@ -4,6 +4,7 @@ property: A
 guard: `import atexit` is out of bounds
 behind: scored, nowhere
 """
+
 import atexit
 import json
 import pathlib

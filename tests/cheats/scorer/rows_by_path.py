@@ -4,6 +4,7 @@ property: A
 guard: `open` is out of bounds
 behind: crash, scoring, scoring: FileNotFoundError
 """
+
 import os
 
 import prepare

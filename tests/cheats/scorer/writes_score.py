@@ -4,6 +4,7 @@ property: A
 guard: `import os` is out of bounds
 behind: crash, scoring, scoring: no score
 """
+
 import json
 import os
 
