@@ -508,7 +508,7 @@ def settle(s: Session, state: State) -> State:
         text = git(s.config, "cat-file", "--filters", f"{state.stand}:./train.py", raw=True)  # with the line ends set
         write_whole(s.config.root / "train.py", text)
     if state.tip != state.stand:
-        if state.tip == s.stood and state.best.id != state.mine[-1].id:
+        if state.best and state.tip == s.stood and state.best.id != state.mine[-1].id:
             s.screen.say(f"      the best is {state.best.id} now, by the mean of its runs; {s.branch} goes there")
         if state.tip != s.stood:
             s.screen.say(f"      {s.branch} stood at {state.tip[:7]}, and is put to the best, {state.stand[:7]}.")
@@ -1148,7 +1148,7 @@ def end_tree(process: subprocess.Popen, work: Path) -> None:
     """Kill a run with everything it started, wherever it moved: that has its environment. Raises UserError."""
     import psutil
 
-    for _ in range(100):
+    for _ in range(1000):
         left = []
         with contextlib.suppress(psutil.Error):
             left = psutil.Process(process.pid).children(recursive=True)
@@ -1160,7 +1160,6 @@ def end_tree(process: subprocess.Popen, work: Path) -> None:
         for one in left:
             with contextlib.suppress(psutil.Error):
                 one.kill()
-        psutil.wait_procs(left, timeout=0.1)
         if process.poll() is not None and not left:
             return process.stdin.close()
         time.sleep(0.005)
@@ -1599,11 +1598,11 @@ class Screen:
     def say(self, line: str, again: bool = True) -> None:
         """A line that stays, and goes into the session's log. A closed terminal or full disk does not end the night.
 
-        again: though it is what was said last.
+        again: though it was the last of the lines that are not said again and again.
         """
-        if line == self.last and not again:
+        if not again and line == self.last:
             return
-        self.last = line
+        self.last = self.last if again else line
         with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8", errors="replace") as file:
             file.write(f"{now()}  {line.strip()}\n")
         with contextlib.suppress(OSError, ValueError):
@@ -1779,8 +1778,9 @@ def next_job(s: Session, state: State) -> Job | None:
     doubtful = next((r for r in search if r.status == "maybe" and r.id not in confirmed), None)
     full = s.config.experiments is not None and rows_here(s, state) >= s.config.experiments and not doubtful
     reserved = 2 * len(VERIFY_SEEDS) if s.config.verify and best and best.proposer == "baseline" else len(to_verify)
-    if full or s.left_s < (1 + reserved) * run_s(s, state):
-        return to_verify[0] if to_verify and s.left_s > run_s(s, state) else None
+    verify_s = run_s(s, state, len(s.task.judged))
+    if full or s.left_s < run_s(s, state) + reserved * verify_s:
+        return to_verify[0] if to_verify and s.left_s > verify_s else None
     if best is None:
         return Job("baseline", state.text)
     tried = {r.seed: r for r in state.mine if r.text == best.text}
@@ -1813,10 +1813,10 @@ def verification(s: Session, state: State) -> list[Job]:
     return [Job(why, file_at(s.config, r.commit, "train.py"), seed, of=r, why=why) for r, seed in todo]
 
 
-def run_s(s: Session, state: State) -> float:
-    """Seconds that a run takes in all, as of late."""
+def run_s(s: Session, state: State, splits: int = 1) -> float:
+    """Seconds that a run takes in all, as of late; splits: that it is scored on."""
     extra = sorted(r.wall_s - r.train_s for r in state.mine[-5:] if r.score is not None and r.train_s)
-    return s.task.budget_s + (extra[len(extra) // 2] if extra else 0.0)
+    return s.task.budget_s + splits * (extra[len(extra) // 2] if extra else 0.0)
 
 
 def tried_in(state: State) -> dict[str, Row]:
@@ -2109,7 +2109,7 @@ def finish(s: Session) -> None:
             return
         settle(s, state)
         runs, spent = f"runs/{s.config.tag}", f", {s.model.tokens:,} tokens of {s.model.name}" * bool(s.model.tokens)
-        s.screen.say(f"{made} rows in this session{spent}. {s.branch}: {standing(s.task, state)}")
+        s.screen.say(f"{made} row{'s' * (made > 1)} in this session{spent}. {s.branch}: {standing(s.task, state)}")
         s.screen.say(f"{believed(s.task, state)}\nrows: results.tsv   {runs}/: report.md, progress.png, best/")
         if state.stand != state.root:
             s.screen.say(f"to have it: git checkout YOUR-BRANCH && git merge {s.branch} (or pick: git log {s.branch})")
