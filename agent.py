@@ -1169,6 +1169,8 @@ def end_tree(process: subprocess.Popen, work: Path) -> None:
 def train(s: Session, folder: Path, seed: int) -> Result:
     """Run folder/train.py to its checkpoint, hand it the data when it asks, and time it from outside."""
     log, budget_s = folder / "run.log", s.task.budget_s
+    for name in ("checkpoint.pt", "facts.json"):
+        remove(folder / name)  # of an earlier attempt: every run starts from nothing
     limits = s.config.startup_s, (1 + KILL_SHARE) * budget_s + KILL_S
     end = run_child(s, log, ["train.py"], limits, "data", s.task.handed, AUTORESEARCH_SEED=str(seed))
     take(folder, "run-cache", () if end.killed else ("checkpoint.pt", "facts.json"))
@@ -1547,10 +1549,11 @@ def renewed(s: Session, ask: Ask, future: Future) -> Ask:
     text = without_thoughts(patiently(s, ask._replace(after=(*ask.after[:-1], NOTES_FORMAT)), [], future).text).strip()
     text = text if "## " in text else re.sub(r"\A<!--.*?-->\s*", "", ask.notes, flags=re.S)
     title = f"Written by {s.model.name} after experiment {ask.notes_of}, and anew every {NOTES_ROWS}"
+    text = f"<!-- {title}. Steer by program.md, not here. -->\n\n{text}\n"
     with contextlib.suppress(OSError):
+        write_whole(s.runs / "notes.md", text)
         if ask.notes:
             write_whole(s.runs / ask.notes_of / "notes.md", ask.notes)  # the former ones
-        write_whole(s.runs / "notes.md", f"<!-- {title}. Steer by program.md, not here. -->\n\n{text}\n")
     return ask._replace(notes=text)
 
 
