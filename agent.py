@@ -94,6 +94,7 @@ files = [os.open(path, os.O_RDONLY) for path in sys.argv[3:]]
 socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [sys.argv[2].encode()], files)"""
 UNPROTECTED = "What the model writes runs with your rights: it can read your files, use the network, leave processes."
 WAYS_ON = "Set OPENAI_API_KEY, or OPENAI_BASE_URL for a local server, or go without a model: --proposer search"
+BOOTTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # goes on while the machine sleeps
 TOO_GOOD = "too good to believe at once"
 
 REPLY_FORMAT = """\
@@ -188,7 +189,7 @@ class Config:
     startup_s: float = STARTUP_S
     outage_s: float = OUTAGE_S
     reserve: int = FREE_BYTES  # of the disk: a run that leaves less is killed
-    asleep_s: Callable[[], float] = lambda: time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", 1)) - time.monotonic()
+    asleep_s: Callable[[], float] = lambda: time.clock_gettime(BOOTTIME) - time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -385,8 +386,8 @@ def git(config: Config, *args: str, stdin: str = "", default: str | None = None,
 
 @lru_cache(maxsize=1000)
 def file_at(config: Config, commit: str, name: str) -> str:
-    """A file of the checkout as a commit has it, to the last newline; empty where there is none."""
-    return git(config, "cat-file", "blob", f"{commit}:./{name}", raw=True, default="")
+    """A file of the checkout as a commit has it, to the last newline. Raises OSError."""
+    return git(config, "cat-file", "blob", f"{commit}:./{name}", raw=True)
 
 
 def entries(listing: str) -> dict[str, tuple[str, str]]:
@@ -468,7 +469,7 @@ def record(s: Session, row: Row, text: str, program: str) -> None:
             git(s.config, "update-ref", f"refs/autoresearch/{row.tag}/{row.id}", commit, "")
             return s.screen.say(row_line(s.task, row))
         except OSError as error:
-            if failures > 3 and not is_full(error):
+            if failures > 3 and not is_full(error) and ".lock" not in str(error):
                 raise
             s.screen.say(f"      cannot be written ({error}); trying again", again=False)
             s.pause(WAIT_S, "waiting: the record cannot be written")
@@ -503,12 +504,21 @@ def settle(s: Session, state: State) -> State:
     if why:
         s.screen.say(f"      {why}; experiments go on meanwhile, branch and checkout wait", again=False)
         return state
+    try:
+        move(s, state, views, staged)
+    except OSError as error:
+        s.screen.say(f"      {error}; experiments go on meanwhile", again=False)
+    return state
+
+
+def move(s: Session, state: State, views: set[str], staged: dict[str, tuple[str, str]]) -> None:
+    """Bring train.py, the branch and the index to where they belong. Raises OSError, such as for a lock."""
     target = entries(git(s.config, "ls-tree", state.stand, "--", *FILES))
     if git(s.config, "hash-object", "--", "train.py") != target["train.py"][1]:
         text = git(s.config, "cat-file", "--filters", f"{state.stand}:./train.py", raw=True)  # with the line ends set
         write_whole(s.config.root / "train.py", text)
     if state.tip != state.stand:
-        if state.best and state.tip == s.stood and state.best.id != state.mine[-1].id:
+        if state.best and state.tip == s.stood and state.mine[-1].repeats and state.mine[-1].status == "verify":
             s.screen.say(f"      the best is {state.best.id} now, by the mean of its runs; {s.branch} goes there")
         if state.tip != s.stood:
             s.screen.say(f"      {s.branch} stood at {state.tip[:7]}, and is put to the best, {state.stand[:7]}.")
@@ -517,7 +527,6 @@ def settle(s: Session, state: State) -> State:
     s.stood = state.stand
     if moved := [name for name in FILES if staged.get(name, ("", ""))[1] in views and staged[name] != target.get(name)]:
         git(s.config, "reset", "-q", "--", *moved)
-    return state
 
 
 def foreign(s: Session, state: State) -> tuple[str, set[str], dict[str, tuple[str, str]]]:
@@ -528,9 +537,9 @@ def foreign(s: Session, state: State) -> tuple[str, set[str], dict[str, tuple[st
     here = git(s.config, "hash-object", "--", "train.py", default="missing")
     if {here, staged.get("train.py", ("", here))[1]} <= views:
         return "", views, staged
-    why = "missing" if here == "missing" else "changed and not committed"
-    put = "Commit it (git commit train.py -m mine), or put it away (git stash push train.py)"
-    return f"train.py is {why}. {put}", views, staged
+    put = "changed and not committed. Commit it (git commit train.py -m mine), or put it away (git stash push train.py)"
+    put = "missing. To have it again: git checkout -- train.py" if here == "missing" else put
+    return f"train.py is {put}", views, staged
 
 
 def read_text(path: Path, errors: str = "surrogateescape") -> str:
@@ -1086,7 +1095,7 @@ def run_child(s: Session, log: Path, args: list[str], limits: tuple, message: st
             end_tree(process, work)
             output.truncate(min(LOG_BYTES, os.fstat(output.fileno()).st_size))
     blame = "the machine slept" if s.config.asleep_s() - asleep_s > 1 else killed * killed.startswith("agent.py")
-    return Ended(handed_s, killed, process.returncode, blame or busy(s, s.config.reserve if killed else 0))
+    return Ended(handed_s, killed, process.returncode, blame)
 
 
 def watch(s: Session, process, ours: socket.socket, log: Path, limits: tuple, message: str, files: list[Path]) -> tuple:
@@ -1180,7 +1189,8 @@ def train(s: Session, folder: Path, seed: int) -> Result:
     if not status and (end.handed_s is None or late_s > 0):
         late = "never asked for the training data" if end.handed_s is None else f"checkpoint {late_s:.0f} s late"
         status, reason = "invalid", late
-    return Result("void", end.spoiled) if end.spoiled else Result(status, reason, {}, end.handed_s, facts)
+    spoiled = end.spoiled or busy(s, s.config.reserve if reason else 0)
+    return Result("void", spoiled) if spoiled else Result(status, reason, {}, end.handed_s, facts)
 
 
 def score(s: Session, folder: Path, split: str) -> Result:
@@ -1190,7 +1200,7 @@ def score(s: Session, folder: Path, split: str) -> Result:
     end = run_child(s, log, args, (RECEIVING_S, SCORING_S), secret, s.task.judged.get(split, ()))
     take(folder, "score-cache", (name,))
     found = read_facts(folder / name)
-    if found.get("fingerprint", s.task.fingerprint) != s.task.fingerprint:
+    if read_facts(s.task.folder / "meta.json").get("fingerprint") != s.task.fingerprint:
         raise UserError("the data were prepared anew while the session ran. Start again")
     if isinstance(found.get("invalid"), str):
         return Result("invalid", one_line(found["invalid"])[:200])
@@ -1199,7 +1209,8 @@ def score(s: Session, folder: Path, split: str) -> Result:
     if honest and not end.killed and end.code == 0:
         return Result(scores={split: {"score": value, "blocks": found.get("blocks", [])}})
     reason = end.killed or crash_reason(end.code, log_tail(log), True) or "no score"
-    return Result("void", end.spoiled) if end.spoiled else Result("crash", f"scoring: {reason}")
+    spoiled = end.spoiled or busy(s, s.config.reserve)
+    return Result("void", spoiled) if spoiled else Result("crash", f"scoring: {reason}")
 
 
 def crash_reason(code: int, tail: str, has_checkpoint: bool) -> str:
@@ -1215,12 +1226,12 @@ def crash_reason(code: int, tail: str, has_checkpoint: bool) -> str:
     return one_line((last if code == BROKE_A_RULE else errors or last)[-1])[:120]
 
 
-def busy(s: Session, reserve: int) -> str:
-    """What the machine lacks for a run: so many bytes of the disk, or a GPU that no other program uses."""
+def busy(s: Session, reserve: int, starting: bool = False) -> str:
+    """What the machine lacks for a run: so many bytes of the disk, or, not at the start, a GPU that nobody else uses."""
     if (free := shutil.disk_usage(s.config.root).free) < reserve:
         return f"{free / 2**30:.2f} GB of the disk are free, {reserve / 2**30:.2f} are needed"
     for _ in range(10):
-        _, used, total = gpu()
+        _, used, total = gpu() if not starting else ("", 0.0, 0.0)
         if used <= s.model.gpu_mb + 2048 + 0.05 * total:  # a desktop's share
             return ""
         time.sleep(0.5)  # a process that has ended may hold it for a moment
@@ -1479,7 +1490,7 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
 
 def reply_limit_s(s: Session) -> float:
     """How long one request may take: at first long, then by what is usual for this model."""
-    return max(s.config.outage_s, 3 * s.model.slowest_s) if s.model.slowest_s else REPLY_S
+    return max(REPLY_S, 3 * s.model.slowest_s)
 
 
 def patiently(s: Session, ask: Ask, lessons: list[dict], future: Future) -> Reply:
@@ -1756,7 +1767,6 @@ def loop(s: Session) -> None:
             if job.kind == "candidate":
                 job = candidate(s, state)
             if job is not None:
-                ask_ahead(s, state, job)
                 job, result = run(s, state, job)
                 row = judge(s, state, job, result)
                 record(s, row, job.text, read_text(s.config.root / "program.md"))
@@ -1780,11 +1790,12 @@ def next_job(s: Session, state: State) -> Job | None:
     confirmed = {r.repeats for r in search if r.status != "verify"}
     doubtful = next((r for r in search if r.status == "maybe" and r.id not in confirmed), None)
     full = s.config.experiments is not None and rows_here(s, state) >= s.config.experiments and not doubtful
-    reserved = 2 * len(VERIFY_SEEDS) if s.config.verify and best and best.proposer == "baseline" else len(to_verify)
+    reserved = (len(to_verify) or 2 * len(VERIFY_SEEDS)) if s.config.verify and best else 0
     verify_s = run_s(s, state, len(s.task.judged))
     if full or s.left_s < run_s(s, state) + reserved * verify_s:
         return to_verify[0] if to_verify and s.left_s > verify_s else None
     if best is None:
+        check_parses(state)
         return Job("baseline", state.text)
     tried = {r.seed: r for r in state.mine if r.text == best.text}
     seed = next(seed for seed in itertools.count(CONFIRM_SEED) if seed not in {*tried, *VERIFY_SEEDS})
@@ -1793,12 +1804,20 @@ def next_job(s: Session, state: State) -> Job | None:
     if doubtful:
         if len(scores_of(search)[best.text]) < 2 and CONFIRM_SEED not in tried:
             return Job("repeat", state.text, CONFIRM_SEED, of=best, why=f"to judge {doubtful.id} by")
-        again = Proposal(*(getattr(doubtful, f.name) for f in fields(Proposal)[:6]))
+        again = Proposal(*(getattr(doubtful, f.name) for f in fields(Proposal)[:-2]))
         return Job("confirmation", file_at(s.config, doubtful.commit, "train.py"), CONFIRM_SEED, again, doubtful)
     tried_s = time.time() - max(datetime.fromisoformat(r.time).timestamp() for r in tried.values())
     if s.task.noise and tried_s > max(REPEAT_S, REPEAT_RUNS * s.task.budget_s):
         return Job("repeat", state.text, seed, of=best, why=f"{tried_s / 3600:.1f} h after it ran")
     return Job("candidate")
+
+
+def check_parses(state: State) -> None:
+    """Raise UserError where the user's train.py is no Python."""
+    try:
+        program_key(state.text)
+    except NO_CODE as error:
+        raise UserError(f"train.py does not parse: {error}") from None
 
 
 def rows_here(s: Session, state: State) -> int:
@@ -1879,8 +1898,9 @@ def run(s: Session, state: State, job: Job) -> tuple[Job, Result]:
     s.screen.label = f"{folder.name} {job.why or job.proposal.description}"
     remove(folder)
     folder.mkdir(parents=True)
-    if job.kind == "candidate" and (s.runs / "next.md").exists() and not s.model.asked:
+    if job.kind == "candidate" and (s.runs / "next.md").exists():
         (s.runs / "next.md").rename(folder / "llm.md")
+    ask_ahead(s, state, job)
     for crashes in itertools.count(1):
         result = attempt(s, state, job, folder)
         mends = job.kind == "candidate" and job.proposal.proposer == "llm" and crashes <= REPAIR_TRIES
@@ -2052,12 +2072,9 @@ def begin(s: Session, resumed: bool) -> None:
     for name, was, now_ in zip(CONDITIONS, conditions(state.mine[-1]) if state.mine else (), conditions(s.task)):
         if was != now_:
             raise UserError(f"{s.branch} was made with {name} {was}, not {now_}: begin another branch with --tag NAME")
-    if why := foreign(s, state)[0] or busy(s, s.config.reserve):
+    if why := foreign(s, state)[0] or busy(s, s.config.reserve, starting=True):
         raise UserError(f"{why}, then start again")
-    try:
-        program_key(state.text)
-    except NO_CODE as error:
-        raise UserError(f"train.py does not parse: {error}") from None
+    check_parses(state)
     s.runs.mkdir(parents=True, exist_ok=True)
     s.screen.log = s.runs / "session.log"
     for left in [*s.runs.glob("*/work"), *s.runs.glob("*.new"), s.runs / "next.md"]:
@@ -2066,12 +2083,12 @@ def begin(s: Session, resumed: bool) -> None:
     if s.config.proposer != "search":
         local, s.model.name = is_local(s.config.base_url), find_model(s.config)
         s.model.elsewhere = not local if s.config.prefetch is None else s.config.prefetch
-        s.model.gpu_mb = gpu()[1] if local else 0.0
         if state.best or s.config.experiments != 1:
             try:
                 s.model.ready = awaited(s, begin_asking(s, ask_for(s, state)))
             except NoReply as error:
                 raise UserError(f"{s.config.base_url}, model {s.model.name}: {error}. {WAYS_ON}") from None
+        s.model.gpu_mb = gpu()[1] if local else 0.0  # with the model loaded
     if not exists:
         try:
             git(s.config, "update-ref", branch, state.tip, "")

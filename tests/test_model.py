@@ -205,7 +205,8 @@ def test_what_refuses_later_is_one_line_and_the_search_stands_in_each_time(check
     assert KEY not in checkout.git("log", "--glob=refs/autoresearch/*", "--format=%B")
 
 
-def test_a_server_that_hangs_is_given_up_after_what_is_usual_for_it(checkout, server, never):
+def test_a_server_that_hangs_is_given_up_after_what_is_usual_for_it(checkout, server, never, monkeypatch):
+    monkeypatch.setattr(agent, "REPLY_S", 1.5)
     began = time.monotonic()
     llm(checkout, server, idea(1), never, idea(2), outage_s=1.5)
     assert proposers(checkout) == "baseline llm search llm" and time.monotonic() - began < 15

@@ -288,7 +288,9 @@ def test_a_train_py_of_the_users_is_refused_at_a_start_and_stays(checkout, harm)
         path.write_text(mine.removesuffix("# mine\n"))
     before = checkout.git("status", "--porcelain")
     found = error_of(checkout)
-    assert ("missing" if harm == "missing" else "changed and not committed") in found and "git stash push" in found
+    assert (
+        "git checkout -- train.py" if harm == "missing" else "not committed. Commit it (git commit train.py"
+    ) in found
     assert checkout.git("status", "--porcelain") == before and not checkout.refs()
     assert checkout.git("branch", "--format=%(refname:short)") == "main"
 
