@@ -591,6 +591,11 @@ def program_key(text: str) -> str:
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
+def length_of(text: str) -> int:
+    """Tokens of Python in a program, without comments, docstrings and layout. Raises one of NO_CODE."""
+    return len(re.findall(r"\w+|[^\w\s]", ast.unparse(bare(text))))
+
+
 def knobs(text: str, preset: str) -> dict[str, Knob]:
     """The hyperparameters of a train.py by name: lines `NAME = literal` and the preset's entries in the table SIZES."""
     table = re.search(r"^SIZES = \{(.*?)^\}", text, re.M | re.S)
@@ -1283,7 +1288,7 @@ def take(folder: Path, cache: str, names: tuple[str, ...]) -> None:
     work = folder / "work"
     os.chmod(work, 0o700)  # it may have taken the rights away
     for name in (*names, "compile"):
-        found, target, most = work / name, folder / (cache if name == "compile" else name), WORK_BYTES
+        found, target = work / name, folder / (cache if name == "compile" else name)
         most, plain = JSON_BYTES if name.endswith(".json") else WORK_BYTES, found.is_dir() or found.is_file()
         remove(target)
         if plain and not found.is_symlink() and found.is_dir() == (name == "compile") and found.stat().st_size < most:
@@ -1957,8 +1962,7 @@ def judge(s: Session, state: State, job: Job, result: Result) -> Row:
     value = None if result.status else result.scores["val"]["score"]
     status, reason, of, again = result.status, result.reason, job.of, job.kind in ("repeat", "verification")
     if value is not None:
-        long, short = (len(re.findall(r"\w+|[^\w\s]", ast.unparse(bare(text)))) for text in (state.text, job.text))
-        shorter = job.kind == "candidate" and long - short >= SHORTER
+        shorter = job.kind == "candidate" and length_of(state.text) - length_of(job.text) >= SHORTER
         status, reason = verdict(s.task, s.config.confirm, state, job, value, shorter)
     elif again or job.kind == "confirmation":
         status, reason = ("verify", reason) if again else ("discard", f"confirms {of.id}; not confirmed: {reason}")
