@@ -35,7 +35,7 @@ class Checkout:
             **{
                 "root": self.root,
                 "cache": self.cache,
-                "budget_s": 0.1,
+                "budget_s": 0.03,
                 "proposer": "search",
                 "outage_s": 1.0,
                 "startup_s": 5.0,
@@ -49,7 +49,7 @@ class Checkout:
         return agent.session(self.config(**more))
 
     def command(self, *args):
-        return [sys.executable, str(self.root / "agent.py"), "--time-budget", "0.1", *args]
+        return [sys.executable, str(self.root / "agent.py"), "--time-budget", "0.03", *args]
 
     def env(self, **more):
         clean = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
@@ -113,6 +113,7 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
+    monkeypatch.setattr(agent, "POLL_S", 0.02)
     return make_checkout(tmp_path / "checkout", tmp_path / "cache")
 
 

@@ -12,7 +12,8 @@ import agent
 TASK = agent.Task(Path(), "f00d", "val_bpb", noise=0.001)
 HIGHER = replace(TASK, lower_is_better=False)
 PLAIN = {f.name: {"str": "-", "int": 42, "float": 1.0}.get(f.type) for f in fields(agent.Row)}
-PLAIN |= {"tag": "t", "status": "discard", "reason": "", "proposer": "llm", "session": "tonight", "held": ""}
+PLAIN |= dict.fromkeys(("reason", "held", "conditions", "repeats"), "")
+PLAIN |= {"tag": "t", "status": "discard", "proposer": "llm", "session": "tonight"}
 
 
 def row(number, score=1.0, **more):
@@ -27,30 +28,29 @@ def again(of, number, score, seed=43, **more):
 
 
 def state(*rows, task=TASK):
-    return agent.State("tip", "root", rows, rows, rows, rows, agent.best_of(task, rows))
+    return agent.State(task, "tip", "root", rows, rows, rows)
 
 
-def judged(st, score, task=TASK, confirm="never", of=None, shorter=False):
-    job = agent.Job("confirmation" if of else "candidate", of=of)
-    return agent.verdict(task, confirm, st, job, score, shorter)
+def judged(st, score, confirm="never", of=None, shorter=False):
+    return st.verdict(confirm, agent.Job("confirmation" if of else "candidate", of=of), score, shorter)
 
 
 BASE = row(1, status="keep", proposer="baseline")
 
 
 def test_a_program_is_worth_the_mean_of_its_honest_runs_without_the_verification_s():
-    rows = (BASE, row(2, 0.9), again(BASE, 3, 1.2), again(BASE, 4, None, 44), again(BASE, 5, 2.0, 101))
-    assert agent.worth(rows, BASE) == pytest.approx(1.1) and agent.worth(rows, rows[1]) == 0.9
-    assert agent.noise_of(TASK, rows).repeats == 2  # but its spread is as good as any
+    st = state(BASE, row(2, 0.9), again(BASE, 3, 1.2), again(BASE, 4, None, 44), again(BASE, 5, 2.0, 101))
+    assert st.means == {"t1": pytest.approx(1.1), "t2": 0.9} and st.bar == st.means["t1"]
+    assert st.noise.repeats == 2  # but its spread is as good as any
 
 
 def test_noise_is_the_prior_until_repeats_outweigh_it():
     rng, rows = random.Random(1), []
-    assert agent.noise_of(TASK, (BASE, row(2, 0.9))) == agent.Noise(0.001, 0)
-    assert 0.001 < agent.noise_of(TASK, (BASE, again(BASE, 2, 1.003))).sd < 0.002
+    assert state(BASE, row(2, 0.9)).noise == (0.001, 0)
+    assert 0.001 < state(BASE, again(BASE, 2, 1.003)).noise.sd < 0.002
     for i in range(2, 802, 2):
         rows += [first := row(i, rng.gauss(1, 0.003)), again(first, i + 1, rng.gauss(1, 0.003))]
-    assert agent.noise_of(TASK, tuple(rows)) == (pytest.approx(0.003, rel=0.1), 400)
+    assert state(*rows).noise == (pytest.approx(0.003, rel=0.1), 400)
 
 
 # When a run is in doubt
@@ -59,10 +59,10 @@ def test_noise_is_the_prior_until_repeats_outweigh_it():
 @pytest.mark.parametrize("confirm", ["always", "auto", "never"])
 @pytest.mark.parametrize("task, score", [(TASK, 0.949), (HIGHER, 1.051)])
 def test_a_gain_over_5_percent_is_in_doubt_under_every_confirm_where_there_is_noise(confirm, task, score):
-    assert judged(state(BASE), score, task, confirm) == ("maybe", agent.TOO_GOOD)
-    assert judged(state(BASE), 1 + (score - 1) * 0.97, task, "never") == ("keep", "")
+    assert judged(state(BASE, task=task), score, confirm) == ("maybe", agent.TOO_GOOD)
+    assert judged(state(BASE, task=task), 1 + (score - 1) * 0.97) == ("keep", "")
     exact = replace(task, noise=0.0)  # then nothing is in doubt
-    found = [judged(state(*after(0), task=exact), s, exact, confirm, shorter=True)[0] for s in (score, 1.0, 2 - score)]
+    found = [judged(state(*after(0), task=exact), s, confirm, shorter=True)[0] for s in (score, 1.0, 2 - score)]
     assert found == ["keep", "discard", "discard"]
 
 
@@ -74,7 +74,7 @@ def after(keeps, count=36):
 @pytest.mark.parametrize("task, sign", [(TASK, 1), (HIGHER, -1)])
 def test_what_must_run_on_a_second_seed(task, sign):
     def doubt(confirm, keeps, gain, shorter=False):
-        return agent.doubt(task, confirm, state(*after(keeps), task=task), 1 - sign * gain, shorter)
+        return state(*after(keeps), task=task).doubt(confirm, 1 - sign * gain, shorter)
 
     assert doubt("auto", 2, 0.0005) == "keeps are rare" and doubt("never", 2, 0.0005) == ""
     assert doubt("always", 9, 0.0005) and not doubt("always", 9, 0.0)  # a tie gains nothing
@@ -85,7 +85,7 @@ def test_what_must_run_on_a_second_seed(task, sign):
 
 def test_keeps_are_rare_by_the_last_verdicts_of_36_candidates():
     def rare(*rows):
-        return agent.doubt(TASK, "auto", state(*rows), 0.96, False) == "keeps are rare"
+        return state(*rows).doubt("auto", 0.96, False) == "keeps are rare"
 
     maybe, repeat = row(38, status="maybe"), again(row(2), 39, 1.0)
     assert rare(*after(2)) and not rare(*after(3)) and not rare(*after(0, 35))
@@ -97,12 +97,12 @@ def test_keeps_are_rare_by_the_last_verdicts_of_36_candidates():
 @pytest.mark.parametrize("task, better", [(TASK, -1), (HIGHER, 1)])
 def test_a_keep_is_strictly_better_than_the_mean_of_the_best(task, better):
     st = state(BASE, again(BASE, 2, 1.01), again(BASE, 3, 9.0, 102), task=task)
-    assert judged(st, 1.005 + better * 1e-6, task) == ("keep", "")
-    assert judged(st, 1.005, task) == ("discard", "") == judged(st, 1.005 - better * 1e-6, task)
-    assert agent.verdict(task, "always", agent.State("", ""), agent.Job("baseline"), 5.0, False) == ("keep", "")
+    assert judged(st, 1.005 + better * 1e-6) == ("keep", "")
+    assert judged(st, 1.005) == ("discard", "") == judged(st, 1.005 - better * 1e-6)
+    assert agent.State(task).verdict("always", agent.Job("baseline"), 5.0, False) == ("keep", "")
     for kind in ("repeat", "verification"):
-        job = agent.Job(kind, why="it is time")
-        assert agent.verdict(task, "always", st, job, 0.1, False) == ("verify", "it is time")
+        job = agent.Job(kind, row=agent.Row("again", reason="it is time"))
+        assert st.verdict("always", job, 0.1, False) == ("verify", "it is time")
 
 
 @pytest.mark.parametrize("task, sign", [(TASK, 1), (HIGHER, -1)])
@@ -118,24 +118,23 @@ def test_a_keep_is_strictly_better_than_the_mean_of_the_best(task, better):
 )
 def test_a_confirmation_is_judged_by_means_and_alone_after_a_gain_too_good(task, sign, first, second, status):
     rows, first, second = (BASE, again(BASE, 2, 1.0)), 1 - sign * first, 1 - sign * second
-    why = judged(state(*rows, task=task), first, task, "always", shorter=True)[1]
+    why = judged(state(*rows, task=task), first, "always", shorter=True)[1]
     doubtful = row(3, first, status="maybe", reason=why)
     mean = second if why == agent.TOO_GOOD else (first + second) / 2
-    found, reason = judged(state(*rows, doubtful, task=task), second, task, "always", of=doubtful)
+    found, reason = judged(state(*rows, doubtful, task=task), second, "always", of=doubtful)
     assert found == status and "confirms 0003" in reason and f"{mean:.6f}, the best's 1.000000" in reason
-    rows = *rows, doubtful, again(doubtful, 4, second, status=status, reason=reason)
-    assert agent.worth(rows, rows[-1]) == pytest.approx(mean)
-    assert agent.best_of(task, rows) is (rows[-1] if status == "keep" else BASE)
+    st = state(*rows, doubtful, again(doubtful, 4, second, status=status, reason=reason), task=task)
+    assert st.means["t3"] == pytest.approx(mean) and st.best is (st.rows[-1] if status == "keep" else BASE)
 
 
 @pytest.mark.parametrize("task, sign", [(TASK, 1), (HIGHER, -1)])
 def test_the_best_is_the_keep_of_the_best_mean_of_equals_the_newest(task, sign):
     first, second = (row(i, 1 - sign * 0.01 * i, status="keep") for i in (2, 3))
     rows = BASE, first, second, row(4, 1 - sign * 0.02), row(5, 1 - sign * 0.04, status="maybe")
-    assert agent.best_of(task, ()) is None and agent.best_of(task, rows) is second
-    assert agent.best_of(task, (*rows, again(second, 6, 1 + sign * 0.03))) is first  # it was luck: back
-    assert agent.best_of(task, (*rows, again(second, 6, 1 + sign * 0.03, 101))) is second
-    assert agent.best_of(task, (*rows, equal := row(7, second.score, status="keep"))) is equal
+    assert state(task=task).best is None and state(*rows, task=task).best is second
+    assert state(*rows, again(second, 6, 1 + sign * 0.03), task=task).best is first  # it was luck: back
+    assert state(*rows, again(second, 6, 1 + sign * 0.03, 101), task=task).best is second
+    assert state(*rows, equal := row(7, second.score, status="keep"), task=task).best is equal
 
 
 # The verified sentence
@@ -147,7 +146,7 @@ def night(gain=0.02, seen=0.03, seeds=(101, 102, 103), sign=1, uneven=0.0):
     for i, seed in enumerate(seeds):
         for of, value in ((rows[1], 1 - sign * gain + 0.001 * (i - 1)), (BASE, 1 + 0.001 * (i - 1))):
             blocks = [value / 20 + uneven * (i % 2 - 0.5) * (of is BASE) for i in range(20)]
-            held = dict.fromkeys(("val", "test"), {"score": value, "blocks": blocks})
+            held = dict.fromkeys(("val", "test"), blocks)
             rows.append(again(of, len(rows) + 1, value, seed, held=json.dumps(held)))
     return rows
 
@@ -156,7 +155,7 @@ def night(gain=0.02, seen=0.03, seeds=(101, 102, 103), sign=1, uneven=0.0):
 def test_the_sentence_says_what_fresh_seeds_show_and_how_much_of_what_the_search_saw_was_luck(task, sign):
     def says(gain, seen):
         start = "On 3 fresh seeds and test data that the search never used, "
-        return agent.verified(task, state(*night(gain, seen, sign=sign), task=task))[1].removeprefix(start)
+        return state(*night(gain, seen, sign=sign), task=task).verified()[1].removeprefix(start)
 
     shown = "0.0200 (95 % interval 0.0177 to 0.0223)"  # Student, 4 degrees of freedom
     whole = f"val_bpb is better by {shown}; on the data that it used, by {shown}. The search had seen 0.0300: 0.0100"
@@ -168,7 +167,7 @@ def test_the_sentence_says_what_fresh_seeds_show_and_how_much_of_what_the_search
 
 def test_only_pairs_of_one_session_count_and_two_of_them_at_least():
     def says(*rows):
-        return agent.verified(TASK, state(*rows))[1][:16]
+        return state(*rows).verified()[1][:16]
 
     *two, base = night(seeds=(101, 103))
     late = [replace(r, session="tomorrow") for r in (two[-1], base)]
@@ -179,7 +178,7 @@ def test_only_pairs_of_one_session_count_and_two_of_them_at_least():
 
 def test_quiet_repeats_narrow_the_interval_and_uneven_text_widens_it():
     def high(*rows):
-        return agent.verified(TASK, state(*rows))[0]["test"].high
+        return state(*rows).verified()[0]["test"].high
 
     chosen = [again(row(i), 10 * i + seed, 1.0, seed) for i in range(10, 30) for seed in (42, 44)]
     quiet = [replace(r, seed=r.seed + 1) for r in chosen]
@@ -193,6 +192,6 @@ def test_the_interval_covers_seeds_and_text_in_95_of_100_nights():
         text = [rng.gauss(0.001, 0.0002) for _ in range(20)]  # of a gain of 0.02, what each block of this text shows
         off = [[rng.gauss(0, 0.001) / 20 for _ in range(3)] for _ in range(2)]
         best, base = ([[0.05 - x * used + seed for x in text] for seed in off[used]] for used in (1, 0))
-        gain = agent.gain_of(*([sum(run) for run in runs] for runs in (best, base)), [], agent.text_sd(best, base))
+        gain = agent.gain_of(best, base, [])
         covered += gain.low <= 0.02 <= gain.high
     assert 930 <= covered <= 970

@@ -61,7 +61,8 @@ def test_a_pipe_gets_plain_lines_and_the_tag_is_the_date(checkout):
     assert lines[0].startswith("NO SANDBOX (as asked for). What the model writes runs with your rights")
     tag = checkout.rows()[0]["tag"]
     assert tag in {f"{datetime.now() - timedelta(hours=h):%b%d}".lower() for h in (0, 1)}
-    assert lines[1] == f"autoresearch/{tag}: preset cpu, data toy, 0.1 s of training, proposals by search"
+    what = "val_bpb (lower is better), preset cpu, data toy f00d, 0.03 s of training"
+    assert lines[1].startswith(f"autoresearch/{tag}: {what}, ") and lines[1].endswith("; proposals by search")
     assert lines[2] == "0001  keep      1.056169             baseline"
     assert re.match(r"0003  (keep|discard) +1\.\d{6} +[-+]0\.\d{6}  [A-Z]+ \S+ -> ", lines[4])
     assert re.match(rf"3 rows in this session. autoresearch/{tag}: best 1.\d+ .*, 0.\d+ better than the", lines[5])
@@ -130,7 +131,7 @@ def test_ask_prints_request_and_reply_and_changes_nothing(checkout, server):
     server.script += [reply("SET RATE = 2.0", description="faster"), reply("SET NO = 1")]
     shown = checkout.run("--ask", OPENAI_BASE_URL=server.url)
     assert shown.returncode == 0 and "Lower the number." in shown.stdout and "def build_model" in shown.stdout
-    assert "The reply applies: faster" in shown.stdout and "SET RATE = 2.0" in shown.stdout
+    assert "tokens in all, applies: faster" in shown.stdout and "SET RATE = 2.0" in shown.stdout
     shown = checkout.run("--ask", OPENAI_BASE_URL=server.url)
     assert "SET NO = 1" in shown.stdout and one_line(shown, "does not apply", "NOTE") and is_untouched(checkout)
 
@@ -143,8 +144,6 @@ WRONG = {
     "--time-budget nan": "--time-budget must be a positive number",
     "--max-llm-tokens 0": "--max-llm-tokens must be a positive number",
     "--hours 0.001 --time-budget 60": "--hours 0.001 is shorter than one run of 60 s",
-    "--verify --hours 0.1 --time-budget 100": "--verify takes runs at the end: give --hours 0.3 or more",
-    "--verify": "give --hours 0.1 or more, or --experiments",
     "--tag ../x": "--tag ../x: use letters, digits, - and _",
     "--tag x.lock": "--tag x.lock: use letters",
 }

@@ -1,8 +1,4 @@
-"""
-The data: texts, splits, tokens, rows, downloads, interruptions, bad input, by prepare.py's command line.
-
-    pytest tests/test_data.py
-"""
+"""The data: texts, splits, tokens, rows, downloads, interruptions, bad input: pytest tests/test_data.py"""
 
 import hashlib
 import http.server
@@ -10,7 +6,6 @@ import json
 import os
 import random
 import resource
-import signal
 import subprocess
 import sys
 import threading
@@ -28,17 +23,14 @@ PREPARE = Path(prepare.__file__)
 WORDS = "der die das Ölfeld 火曜日 naïve 🙂🙃 model loss token gradient schedule warm-down window stream value".split()
 
 
-def sentence(rng: random.Random, words: int) -> str:
-    return " ".join(rng.choice(WORDS) + str(rng.randrange(30)) for _ in range(words)) + "\n"
-
-
 def documents(count: int, seed: int = 0, words: int = 60) -> list[str]:
     rng = random.Random(seed)
-    return ["".join(sentence(rng, words) for _ in range(rng.randrange(1, 4))) for _ in range(count)]
+    lengths = [words * rng.randrange(1, 4) for _ in range(count)]
+    return [" ".join(rng.choice(WORDS) + str(rng.randrange(30)) for _ in range(length)) + "\n" for length in lengths]
 
 
-def write_parquet(path: Path, texts: list[str], column: str = "text", row_group_size: int = 300) -> Path:
-    pyarrow.parquet.write_table(pyarrow.table({column: texts}), path, row_group_size=row_group_size)
+def write_parquet(path: Path, texts: list, column: str = "text") -> Path:
+    pyarrow.parquet.write_table(pyarrow.table({column: texts}), path, row_group_size=300)
     return path
 
 
@@ -53,28 +45,23 @@ def write_texts(folder: Path) -> Path:
     return folder
 
 
+def start(cache: Path, *arguments) -> subprocess.Popen:
+    command = [sys.executable, PREPARE, "--preset", "cpu", "--cache", cache, *map(str, arguments)]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 @pytest.fixture(scope="module")
 def texts_folder(tmp_path_factory) -> Path:
     return write_texts(tmp_path_factory.mktemp("texts") / "texts")
 
 
-def start(cache: Path, *arguments, **options) -> subprocess.Popen:
-    command = [sys.executable, PREPARE, "--preset", "cpu", "--cache", cache, *map(str, arguments)]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
-def current(cache: Path) -> tuple[Path, dict]:
-    folder = cache / (cache / "current").read_text()
-    return folder, json.loads((folder / "meta.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, texts_folder) -> tuple[Path, dict]:
-    """Folder and meta.json of those texts, prepared as a user does."""
-    cache = tmp_path_factory.mktemp("prepared") / "cache"
-    output, errors = start(cache, "--dataset", texts_folder).communicate()
-    assert "Ready: " in output and not errors, errors
-    return current(cache)
+    """Folder and meta.json of those texts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_CACHE", str(tmp_path_factory.mktemp("prepared")))
+        prepare.prepare(str(texts_folder), "cpu", 10)
+        return prepare.current()
 
 
 @pytest.fixture
@@ -87,8 +74,8 @@ def cache(tmp_path, monkeypatch) -> Path:
 def command(cache, monkeypatch, capsys):
     """prepare.py's command line, in this process: (exit code, stdout, stderr)."""
 
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, words)])
+    def run(*words, preset="cpu"):
+        monkeypatch.setattr(sys, "argv", ["prepare.py", "--preset", preset, *map(str, words)])
         capsys.readouterr()
         try:
             code = prepare.main() or 0
@@ -140,64 +127,44 @@ def test_bytes_are_counted_by_token_even_inside_a_character(prepared):
         assert meta["bytes"][split] == len(b"".join(pieces)) <= original == meta["original_bytes"][split]
     ((tokens,),) = prepare.encoded(encoding, [["a <|bos|> b"]])  # what looks like a special token is text
     assert tokens[0] == last > tokens[1:].max() and encoding.decode(tokens[1:].tolist()) == "a <|bos|> b"
-    rows = np.array([[2, 0, 1, 2, 5]])  # of three pieces and four special tokens; the first token is no target
-    assert prepare.count_bytes({"val": rows, "test": rows[:, :2]}, [b"\xe7", b"ab", b"xyz"]) == {"val": 6, "test": 1}
-
-
-def test_the_tokenizer_sees_the_beginning_of_each_text_up_to_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "TOKENIZER_DOC_CHARS", 6)
-    monkeypatch.setattr(prepare, "TOKENIZER_CHARS", 18)
-    texts = iter(["ababab" + "zz" * 99, "cdcdcd", "cdcdcd", "never", "read"])
-    pieces = prepare.train_tokenizer(tmp_path, texts, 300)
-    assert {b"ab", b"cd"} <= set(pieces) and b"zz" not in pieces and list(texts) == ["never", "read"]
 
 
 def test_meta_tells_the_loop_what_it_must_know(prepared):
     folder, meta = prepared
-    assert (meta["format"], meta["preset"], meta["device"], meta["noise"]) == (2, "cpu", "cpu", 0.006)
-    assert (meta["metric"], meta["lower_is_better"], meta["budget_s"], meta["suspicious"]) == (
-        "val_bpb",
-        True,
-        300,
-        0.05,
-    )
-    assert meta["required"] == ["build_model", "main", "load", "start", "finish"]
-    assert (meta["handed"], meta["judged"]["test"]) == (["train.bin", "train_docs.npy"], ["test.bin"])
+    told = {"format": 2, "preset": "cpu", "device": "cpu", "noise": 0.006, "suspicious": 0.05, "budget_s": 300}
+    assert told.items() <= meta.items() and (meta["metric"], meta["lower_is_better"]) == ("val_bpb", True)
+    assert meta["handed"] == ["train.bin", "train_docs.npy"] and meta["judged"]["test"] == ["test.bin"]
     for name, digest in meta["sha256"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     assert {*meta["sha256"], "meta.json"} == {path.name for path in folder.iterdir()}
 
 
-def test_the_fingerprint_is_of_the_text_alone(tmp_path, cache, prepared, command, monkeypatch):
+def test_another_text_or_format_is_prepared_anew(tmp_path, cache, prepared, command, monkeypatch):
     folder = write_texts(tmp_path / "moved")
     monkeypatch.setitem(prepare.TASK, "suspicious", 0.5)
     monkeypatch.setitem(prepare.PRESETS, "cpu", prepare.PRESETS["cpu"]._replace(noise=1.0))
-    assert command("--dataset", folder, "--preset", "cpu")[0] == 0
-    meta = current(cache)[1]
-    assert meta["fingerprint"] == prepared[1]["fingerprint"] and (meta["noise"], meta["suspicious"]) == (1.0, 0.5)
+    assert command("--dataset", folder)[0] == 0 and prepare.active_preset() == "cpu"
+    path, meta = prepare.current()
+    assert meta["fingerprint"] == prepared[1]["fingerprint"]  # of the text alone
+    assert (meta["noise"], meta["suspicious"]) == (1.0, 0.5)
+    (path / "meta.json").write_text(json.dumps(meta | {"format": 1}))
+    code, _, errors = command("score", path)
+    assert code == 2 and "run `python prepare.py`" in errors
+    assert command("--dataset", folder)[0] == 0 and prepare.current()[1] == meta
     (folder / "new.txt").write_text("".join(documents(5, seed=9)))
-    assert command("--dataset", folder, "--preset", "cpu")[0] == 0
-    assert current(cache)[1]["fingerprint"] != meta["fingerprint"]
+    assert command("--dataset", folder)[0] == 0
+    assert prepare.current()[1]["fingerprint"] != meta["fingerprint"]
 
 
 def test_a_long_file_is_cut_into_pieces_that_make_it_whole_again(tmp_path):
-    text = "\r\n".join(sentence(random.Random(i), 12) for i in range(400)) + "no line end"
+    text = "\r\n".join(documents(400, words=6)) + "no line end"
     (tmp_path / "book.txt").write_bytes(text.encode())
     assert "".join(pieces := list(prepare.read_texts([tmp_path / "book.txt"]))) == text and len(pieces) > 50
 
 
-def test_best_fit_packing_by_hand(monkeypatch):
-    docs = [np.full(length, i) for i, length in enumerate([4, 7, 3, 10, 6, 2, 12, 13])]
-    rows = [row.tolist() for row in prepare.pack_best_fit([docs[:4], docs[4:]], 10)]
-    assert rows == [[3] * 10, [1] * 7 + [2] * 3, [4] * 6 + [0] * 4, [5] * 2 + [6] * 8, [7] * 10]
-    monkeypatch.setattr(prepare, "PACK_DOCS", 2)  # the 10 comes into sight only when a place is free
-    rows = [row.tolist() for row in prepare.pack_best_fit([docs[:1], docs[1:3], docs[3:4], docs[4:]], 10)]
-    assert rows == [[1] * 7 + [2] * 3, [3] * 10, [4] * 6 + [0] * 4, [5] * 2 + [6] * 8, [7] * 10]
-
-
-def packed_plainly(documents, capacity, row_group_size):
+def packed_plainly(documents, capacity):
     """The original's rows by the words of its description, in lists."""
-    groups = [documents[i : i + row_group_size] for i in range(0, len(documents), row_group_size)]
+    groups = [documents[i : i + 300] for i in range(0, len(documents), 300)]
     refills = [group[i : i + 128] for group in groups for i in range(0, len(group), 128)]
     buffer, rows = [], [[]]
     while buffer or refills:
@@ -214,12 +181,12 @@ def packed_plainly(documents, capacity, row_group_size):
 
 def test_datacenter_rows_of_climbmix_are_packed_from_the_held_out_shard(cache, shards, command, monkeypatch, capsys):
     monkeypatch.setitem(prepare.PRESETS, "datacenter", prepare.Preset("cuda", "climbmix", 300, 128, 128 * 40, 0.0006))
-    assert command("--preset", "datacenter", "--num-shards", "2")[0] == 0
-    folder, meta = current(cache)
+    assert command("--num-shards", "2", preset="datacenter")[0] == 0
+    folder, meta = prepare.current()
     rows = np.concatenate([rows_of(folder, meta, split) for split in prepare.SPLITS])
     assert meta["rows"] == {"val": 40, "test": 40} and (rows[:, 0] == meta["vocab_size"] - 4).all()
     (held,) = prepare.encoded(prepare.load_tokenizer(folder), [shards.texts["shard_06542.parquet"]])
-    assert rows.tolist() == packed_plainly([document.tolist() for document in held], 129, 300)[:80]
+    assert rows.tolist() == packed_plainly([document.tolist() for document in held], 129)[:80]
     prepare.print_summary({"split": "val", "score": 1.0, "seconds": 0.0}, {}, meta)
     factor = meta["bytes"]["val"] / meta["original_bytes"]["val"]
     assert capsys.readouterr().out.splitlines()[-1] == f"original_factor:  {factor:.6f}" and 0.5 < factor < 1
@@ -284,16 +251,16 @@ def test_a_download_survives(shards, tmp_path):
 @pytest.mark.parametrize("fault, words", [("404", "404"), ("wrong hash", "not the file that the server promised")])
 def test_downloads_that_cannot_succeed_are_one_line(cache, shards, command, fault, words):
     shards.faults[:] = [fault] * 9
-    code, _, errors = command("--dataset", "climbmix", "--preset", "cpu", "--num-shards", "2")
+    code, _, errors = command("--dataset", "climbmix", "--num-shards", "2")
     assert code == 2 and words in errors and errors.count("\n") == 1
     assert os.listdir(cache / "downloads" / "climbmix") == [] and not list(cache.glob("climbmix-*"))
     assert len(shards.log) == (1 if fault == "404" else 6)
 
 
 def test_climbmix_in_contiguous_rows(cache, shards, command):
-    words = "--dataset", "climbmix", "--preset", "cpu", "--num-shards", "2"
+    words = "--dataset", "climbmix", "--num-shards", "2"
     assert command(*words)[0] == 0
-    split, held = split_texts(*current(cache)), shards.texts["shard_06542.parquet"]
+    split, held = split_texts(*prepare.current()), shards.texts["shard_06542.parquet"]
     train = shards.texts["shard_00000.parquet"] + shards.texts["shard_00001.parquet"]
     assert split["train"] == [text for text in train if text not in held] and len(train) - len(split["train"]) == 3
     assert split["val"][:-1] == held[: len(split["val"]) - 1]
@@ -303,45 +270,33 @@ def test_climbmix_in_contiguous_rows(cache, shards, command):
 
 
 @pytest.mark.parametrize("reached", ["tokenizer.json", pytest.param("train.bin", marks=pytest.mark.slow)])
-def test_a_killed_preparation_is_done_again(cache, texts_folder, reached, command):
+def test_a_killed_preparation_is_done_again_and_by_two_at_once_only_once(cache, texts_folder, reached):
     process = start(cache, "--dataset", texts_folder)
     while process.poll() is None and not list(cache.glob(f"texts-*/{reached}")):
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
     assert not (cache / "current").exists() and not list(cache.glob("*/meta.json"))
-    assert command("--dataset", texts_folder, "--preset", "cpu")[0] == 0
-    assert split_texts(*current(cache))["train"]
-
-
-def test_two_at_once_build_once(cache, texts_folder):
     both = [start(cache, "--dataset", texts_folder) for _ in range(2)]
-    outputs = [process.communicate()[0] for process in both]
-    assert sorted("tokenizer" in output for output in outputs) == [False, True]
-    assert all("Ready" in output for output in outputs)
+    outputs = [process.communicate() for process in both]
+    assert sorted("training the tokenizer" in output for output, _ in outputs) == [False, True]
+    assert all("Ready: " in output and not errors for output, errors in outputs)
+    assert split_texts(*prepare.current())["train"]
 
 
-def test_no_room_left_is_one_line_and_leaves_nothing(cache, texts_folder):
-    room = resource.RLIMIT_FSIZE, (100_000, 100_000)
-    process = start(cache, "--dataset", texts_folder, preexec_fn=lambda: resource.setrlimit(*room))
-    _, errors = process.communicate()
-    assert process.returncode == 2 and errors.startswith("No room left for ") and errors.count("\n") == 1
+def test_no_room_left_is_one_line_and_leaves_nothing(cache, texts_folder, command):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        code, _, errors = command("--dataset", texts_folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and errors.startswith("No room left for ") and errors.count("\n") == 1
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
-
-
-def test_another_format_counts_as_not_prepared(cache, texts_folder, command):
-    words = "--dataset", texts_folder, "--preset", "cpu"
-    assert command(*words)[0] == 0 and prepare.active_preset() == "cpu"
-    folder, meta = current(cache)
-    (folder / "meta.json").write_text(json.dumps(meta | {"format": 1}))
-    code, _, errors = command("score", folder)
-    assert code == 2 and "run `python prepare.py`" in errors
-    assert command(*words)[0] == 0 and current(cache)[1] == meta
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, cache, command):
     write_parquet(tmp_path / "body.parquet", documents(3), column="body")
-    write_parquet(tmp_path / "numbers.parquet", [1, 2, 3])
     damaged = bytearray(write_parquet(tmp_path / "whole.parquet", documents(300)).read_bytes())
     damaged[100:2000] = bytes(1900)
     cases = {  # name -> content, None where it is there or is to be missing, and words of the message
@@ -350,7 +305,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, cache, command):
         "short.txt": ("".join(documents(3)).encode(), "Too little text"),
         "fake.parquet": (b"text", "cannot be read as parquet"),
         "damaged.parquet": (damaged, "cannot be read as parquet"),
-        "numbers.parquet": (None, "{'text': 'int64'}"),
         "body.parquet": (None, "only {'body': 'string'}"),
         "list.jsonl": (b'{"text": "fine"}\n["text"]\n', "line 2"),
         "body.jsonl": (b'{"body": "fine"}\n', '"text" string'),
@@ -358,7 +312,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, cache, command):
     for name, (content, words) in cases.items():
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        code, _, errors = command("--dataset", tmp_path / name, "--preset", "cpu")
+        code, _, errors = command("--dataset", tmp_path / name)
         assert code == 2 and words in errors and errors.count("\n") == 1, (name, errors)
         assert not cache.exists() or {file.suffix for file in cache.iterdir()} == {".lock"}, name
 
@@ -369,12 +323,12 @@ def test_a_gpu_that_torch_cannot_use_is_never_a_silent_cpu(tmp_path, monkeypatch
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    code, _, errors = command("--dataset", "builtin")
+    code, _, errors = command("--dataset", "builtin", preset="auto")
     assert code == 2 and "--preset cpu" in errors and errors.count("\n") == 1
 
 
 @pytest.mark.slow
 def test_builtin(cache):
     assert "Ready" in start(cache).communicate()[0]
-    meta = current(cache)[1]
+    meta = prepare.current()[1]
     assert (meta["dataset"], meta["vocab_size"], meta["rows"]) == ("builtin", 2048, {"val": 384, "test": 384})

@@ -211,7 +211,7 @@ def test_the_search_moves_one_to_three_bounded_numbers_within_their_bounds_and_t
 def test_the_search_is_seeded_by_the_key_and_repeats_nothing():
     assert searched(TEXT, "t/1") == searched(TEXT, "t/1") != searched(TEXT, "t/2")
     first = searched(TEXT, "t/1")[1]
-    row = agent.Row(**{name: 0.5 if "float" in kind else "-" for name, kind in agent.Row.__annotations__.items()})
+    row = agent.Row("an idea", score=0.5)
     assert searched(TEXT, "t/1", {agent.program_key(first): row})[1] != first
     with pytest.raises(agent.UserError, match="no untried step"):
         searched("def build_model(): prepare.load\ndef main(): start, finish\n", "t/1")

@@ -116,7 +116,7 @@ WORDS = {
     "imports": "is out of bounds: train.py may import torch, numpy, prepare",
     "files": "is out of bounds: train.py opens no files, runs no text, starts no processes",
     "insides": "is an inside of Python: use what it stands for",
-    "computed": "getattr and the like need a literal name",
+    "computed": "getattr and the like",
     "seeds": "touches random seeds: the seed is the harness's; another is no improvement",
     "sizes": "a literal of that size is data, not code: compute it",
 }

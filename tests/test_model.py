@@ -411,7 +411,7 @@ def test_the_request_holds_the_record_failures_notes_near_misses_log_and_role_in
     (checkout.root / "runs" / "t" / "notes.md").write_text("## Works\nnothing so far\n")
     llm(checkout, server, scored(1.05), broken(1), scored(1.3), idea(1))
     system, user = (message["content"] for message in server.requests[-1]["messages"])
-    parts = ["Lower the number.", "Preset cpu, data toy", "\nBPB = 1.05 ", "+BPB = 1.05 ", "nothing so far"]
+    parts = ["Lower the number.", "preset cpu, data toy", "\nBPB = 1.05 ", "+BPB = 1.05 ", "nothing so far"]
     parts += ["t/0001  keep ", "t/0002  keep      1.050000  +0.006169  score 1.05\n"]
     parts += ["t/0003  crash            -             try 1 (ValueError: 1)\n"]
     parts += ["t/0004  discard   1.300000  -0.250000  score 1.3\n", "+BPB = 1.3 ", "# The last run, 0004"]

@@ -22,11 +22,6 @@ MODEL_LINE = next(line for line in (TOY / "train.py").read_text().splitlines() i
 GONE = 404, {"error": {"message": "no repair today"}}  # an answer after which the model is not asked again
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    monkeypatch.setattr(agent, "POLL_S", 0.02)
-
-
 def llm(checkout, server, *script, **more):
     """A session whose model answers from a script; it ends when the script does."""
     server.script += script
@@ -120,7 +115,11 @@ def test_every_experiment_is_one_commit_under_one_ref(checkout, server):
         assert checkout.git("show", f"{commit}:train.py") + "\n" == saved.read_text()
     found = checkout.trailers("0002", "t")
     assert (found["Format"], found["Id"], found["Score"], found["Bar"][:6]) == ("2", "0002", "1.05", "1.0561")
-    assert found["Status"] == "keep" and found["Expected"] == "-0.002" and "%:" in found["Curve"]
+    assert (
+        found["Status"] == "keep"
+        and found["Expected"] == "-0.002"
+        and found["Conditions"].startswith("val_bpb (lower is")
+    )
     assert "It should help." in checkout.git("show", "-s", keep) and "Score" not in checkout.trailers("0006", "t")
     assert facts(checkout, "seed", "tag", "role", "memory_gb", "llm_tokens")[1] == "42 t generalist 0.5 100"
     assert head(checkout) == keep and clean(checkout) and "BPB = 1.05" in checkout.text()
@@ -182,7 +181,7 @@ def test_data_that_are_prepared_during_a_session_do_not_mix_with_its_own(checkou
     anew = after(lambda: prepare(TOY_FINGERPRINT="beef"), scored(1.03))
     with pytest.raises(agent.UserError, match="prepared anew"):
         llm(checkout, server, scored(1.05), others, anew, tag="t")
-    assert {checkout.trailers(id)["Fingerprint"] for id in facts(checkout, "id")} == {"f00d"}
+    assert all("f00d" in checkout.trailers(id)["Conditions"] for id in facts(checkout, "id"))
     assert facts(checkout, "status") == ["keep"] * 3
 
 
@@ -255,7 +254,7 @@ def test_another_branch_of_the_same_data_shares_the_history_and_nothing_else(che
 def test_other_conditions_are_not_mixed(checkout, monkeypatch):
     checkout.session(experiments=1, tag="t")
     found = error_of(checkout, budget_s=0.2)
-    assert "--tag NAME" in found and "0.1" in found and "0.2" in found
+    assert "--tag NAME" in found and "0.03 s" in found and "0.2 s" in found
     for name, was, value in (("TOY_FINGERPRINT", "f00d", "beef"), ("TOY_PRESET", "cpu", "mac")):
         (checkout.cache / "current").unlink()
         with monkeypatch.context() as m:
@@ -279,18 +278,16 @@ def test_refs_of_another_format_are_skipped_with_one_line(checkout, capsys):
 # The user's own work
 
 
-@pytest.mark.parametrize("harm", ["edited", "staged", "missing"])
+@pytest.mark.parametrize("harm", ["edited", "staged"])
 def test_a_train_py_of_the_users_is_refused_at_a_start_and_stays(checkout, harm):
     path, mine = checkout.root / "train.py", checkout.text() + "# mine\n"
-    path.unlink() if harm == "missing" else path.write_text(mine)
+    path.write_text(mine)
     if harm == "staged":
         checkout.git("add", "train.py")
         path.write_text(mine.removesuffix("# mine\n"))
     before = checkout.git("status", "--porcelain")
     found = error_of(checkout)
-    assert (
-        "git checkout -- train.py" if harm == "missing" else "not committed. Commit it (git commit train.py"
-    ) in found
+    assert "not committed. Commit it (git commit train.py" in found
     assert checkout.git("status", "--porcelain") == before and not checkout.refs()
     assert checkout.git("branch", "--format=%(refname:short)") == "main"
 
@@ -531,7 +528,7 @@ def test_the_best_runs_again_after_two_hours_and_the_branch_goes_back_where_it_d
     keep = commits(checkout)[1]
     assert head(checkout, f"{commits(checkout)[5]}^") == keep == head(checkout)
     assert "BPB = {0: 1.045}" in checkout.text() and clean(checkout)
-    assert "0002" in (capsys.readouterr().out.split("0006")[0])  # that the best is another one now, is said
+    assert f"goes to the best, {keep[:7]}" in capsys.readouterr().out.split("0006")[0]
 
 
 BASE_SCORES = seeds(s42=1.05, s101=1.051, s102=1.049, s103=1.05, s0=1.05)
@@ -545,7 +542,7 @@ def test_a_long_session_ends_with_the_verification_and_one_sentence(checkout, se
     found = facts(checkout, "status", "parent", "seed")[2:]
     assert found == [f"verify {p[:7]} {seed}" for seed in (101, 102, 103) for p in (best, base)]
     held = json.loads(checkout.trailers("0003")["Held"])
-    assert held.keys() == {"val", "test"} and len(held["test"]["blocks"]) == 20
+    assert held.keys() == {"val", "test"} and len(held["test"]) == 20
     report = (checkout.root / "runs/t/report.md").read_text()
     for text in (capsys.readouterr().out, report, checkout.run("--status").stdout):
         assert re.search("On 3 fresh seeds and .*test data .*never used, val_bpb is better by 0.0200 .95 % in", text)
@@ -595,8 +592,7 @@ def test_a_task_may_have_another_metric_that_is_higher_better_and_without_noise(
     llm(folder, server, *script, confirm="always", budget_s=0.0, tag="t")
     found = facts(folder, "status", "accuracy")[1:]  # 14 % at once: without noise that is no reason to doubt
     assert found == ["keep 1.200000", "discard 1.100000", "discard 1.200000", "keep 1.300000"]
-    found = folder.trailers("0005")
-    assert (found["Metric"], found["Budget-S"]) == ("accuracy (higher is better)", "0.1")
+    assert folder.trailers("0005")["Conditions"].startswith("accuracy (higher is better)")
     assert "best 1.300000 (0005, " in (out := capsys.readouterr().out) and "0.243831 better than the baseline" in out
     assert "+0.100000  score 1.3" in out and head(folder) == commits(folder)[4]
 
@@ -641,7 +637,7 @@ def test_the_real_files_train_and_score(real):
     assert done.returncode == 0, done.stdout + done.stderr
     row, found = checkout.rows()[-1], checkout.trailers("0001", "short")
     assert row["status"] == "keep" and 1 < float(row["val_bpb"]) < 12 and int(row["steps"]) > 0
-    assert float(found["Tokens-M"]) > 0 and found["Preset"] == "cpu" and found["Metric"].startswith("val_bpb (lower")
+    assert float(found["Tokens-M"]) > 0 and "preset cpu" in found["Conditions"]
     log = (checkout.root / "runs/short/0001/score.log").read_text()
     assert " ".join(re.findall(r"^(\w+): ", log, re.M)[:9]) == SUMMARY and row["val_bpb"] in log
 

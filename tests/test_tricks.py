@@ -1,14 +1,13 @@
 """Tricks that lower the number or harm the machine, and honest changes that must pass: pytest tests/test_tricks.py -m ""
 
-Every file of tests/cheats/ is a train.py. Its docstring says what it does, which property of the honest score it is
-against, what the guard answers (`passes`, or words of its sentence) and what becomes of it with the guard off: verdict
-(`scored`: nothing but the score that its checkpoint deserves), where (start, training, scoring, decision, or nowhere),
-words of the reason or of the score. `machine/` needs no torch: a scripted model proposes the tricks, one after another,
-in one session in the sandbox, whose baseline is as good as they are, so that none moves the branch. CACHE, ROOT, RUNS,
-HOME and PORT in a text stand for what it attacks; what prints `harm done` did harm. More lines of a docstring: `patch`
-sets limits of agent.py lower, so that a test takes less of the machine; `twice` runs it again; `inside`: it does its
-harm within its own walls; `unsandboxed`: without a sandbox it does harm. `scorer/` goes the same way with the real
-prepare.py; `model/` and `honest/` train and are scored by it in processes that are forked from one with torch in it.
+Every file of tests/cheats/ is a train.py. Its docstring says what it does, against which property of the honest score,
+what the guard answers (`passes`, or words of its sentence), and what becomes of it with the guard off: verdict (`scored`:
+nothing but the score that it deserves), where (start, training, scoring, decision, nowhere), words of the reason.
+`machine/` needs no torch: a scripted model proposes the tricks in one session in the sandbox, whose baseline is as good
+as they are, so that none moves the branch. CACHE, ROOT, RUNS, HOME and PORT in a text stand for what it attacks; what
+prints `harm done` did harm. More lines: `patch` sets limits of agent.py lower, to take less of the machine; `twice` runs
+it again; `inside`: its harm stays within its walls; `unsandboxed`: without a sandbox it does harm. `scorer/` goes the same
+way with the real prepare.py, which trains and scores `model/` and `honest/` in processes forked from one with torch in it.
 """
 
 import ast
@@ -20,7 +19,6 @@ import os
 import random
 import re
 import runpy
-import shutil
 import socket
 import subprocess
 import sys
@@ -31,8 +29,9 @@ import pytest
 from conftest import ROOT, TOY, Server, commit_all, make_checkout, reply
 
 import agent
+import prepare
 
-CHEATS, PREPARE, SECRET = ROOT / "tests" / "cheats", str(ROOT / "prepare.py"), "a secret of the user"
+CHEATS, SECRET = ROOT / "tests" / "cheats", "a secret of the user"
 DAILY = """asks_twice canary deep_folders edit_given_file endless_facts fork_bomb ignore_signals kill_others late_checkpoint
     negative_score poison_compiled print_flood unmount bag_of_row peek_later patched_loss batch_norm""".split()
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
@@ -49,7 +48,7 @@ def about(path):
 def tricks(folder, field="", daily=DAILY):
     """The tricks of a folder, whose docstring has a field; those that are not daily for the long run."""
     found = [path for path in sorted(CHEATS.glob(f"{folder}/*.py")) if field in about(path) or not field]
-    found = [path for path in found if about(path)["where"] != "decision" and "reserve" not in about(path)]
+    found = [path for path in found if about(path)["where"] != "decision"]
     marks = {path: () if path.stem in daily else pytest.mark.slow for path in found}
     return pytest.mark.parametrize("path", [pytest.param(path, marks=marks[path], id=path.stem) for path in found])
 
@@ -124,8 +123,10 @@ class Victim:
         def step(path, name):
             def answer(body):
                 look()
+                disk, limits = os.statvfs(self.folder), psutil.virtual_memory()._asdict()
+                limits |= {"disk": disk.f_bavail * disk.f_frsize, "files": disk.f_favail}
                 for limit, value in re.findall(r"(\w+)=(\S+)", about(path).get("patch", "")):
-                    patch.setattr(agent, limit, eval(value, psutil.virtual_memory()._asdict()))
+                    patch.setattr(agent, limit, eval(value, limits))
                 return whole(self.text(path.read_text()) + f"NAME = {name!r}\n", name)
 
             return answer
@@ -208,14 +209,6 @@ def test_without_the_sandbox_the_harm_is_done(outcomes, path):
     assert not any(name.endswith(("/hooked", "/configured")) for name in found.changed)
 
 
-@linux
-@pytest.mark.slow
-def test_a_disk_that_fills_up_unseen_ends_the_run(victims, table):
-    path, victim = CHEATS / "machine" / "fill_unseen.py", victims()
-    reserve = shutil.disk_usage(victim.folder).free - 3 * 2**29
-    check(path, victim.attempt([path], "require", reserve=reserve)[path], table)
-
-
 @tricks("scorer", daily=())
 def test_a_trick_on_the_scorer_does_not_pay(outcomes, data, path, table):
     found = outcomes(test_a_trick_on_the_scorer_does_not_pay, "auto", data.parent, ROOT)[path]
@@ -247,51 +240,46 @@ def data(tmp_path_factory):
     """The folder of a prepared data set of 300 kB."""
     root, rng = tmp_path_factory.mktemp("models"), random.Random(0)
     words = ["".join(rng.choices("abcdefghij äö火\n", k=rng.randrange(2, 9))) for _ in range(12)]  # few to merge
-    texts = [" ".join(rng.choices(words, k=60)) for _ in range(900)]
-    (root / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (root / "texts.txt").write_text(" ".join(rng.choices(words, k=54_000)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # the fork server starts with it
-        patch.setenv("AUTORESEARCH_CACHE", str(root / "cache"))
-        assert stage(root, PREPARE, "--dataset", str(root / "texts.jsonl"), "--preset", "cpu")[0] == 0
-        yield root / "cache" / (root / "cache" / "current").read_text().strip()
+        patch.setenv("AUTORESEARCH_CACHE", str(root))
+        prepare.prepare(str(root / "texts.txt"), "cpu", 10)
+        yield prepare.current()[0]
 
 
-def as_main(folder, cache, handed, script, args):
-    """Run a script as this process, its output in a file; it gets the files handed, if there are any."""
+def as_main(folder, data, names, words):
+    """Run a script as this process, its output in a file, as agent.py does: it gets those files of the data."""
     os.chdir(folder)
-    os.environ["AUTORESEARCH_CACHE"], sys.argv = cache, [script, *args]
+    ours, theirs = socket.socketpair()
+    os.environ |= {"AUTORESEARCH_CACHE": str(data.parent), "AUTORESEARCH_TIME_BUDGET": "0.2"}
+    os.environ["AUTORESEARCH_HANDOVER_FD"], sys.argv = str(theirs.fileno()), words
+    socket.send_fds(ours, [b"x"], [os.open(data / name, os.O_RDONLY) for name in names])
     output = os.open("output", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    if handed:
-        ours, theirs = socket.socketpair()
-        os.environ |= {"AUTORESEARCH_HANDOVER_FD": str(theirs.fileno()), "AUTORESEARCH_TIME_BUDGET": "0.2"}
-        socket.send_fds(ours, [b"tokens"], [os.open(path, os.O_RDONLY) for path in handed])
-    runpy.run_path(script, run_name="__main__")
+    runpy.run_path(words[0], run_name="__main__")
 
 
-def stage(folder, script, *args, handed=()):
-    """(exit status, output) of a script, run in a process with torch in it already."""
+def trained_and_scored(folder, path, data):
+    """(exit status, output, where) of a model, in processes that have torch in them already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numpy", "test_tricks"])
-    process = context.Process(target=as_main, args=(folder, os.environ["AUTORESEARCH_CACHE"], handed, script, args))
-    process.start()
-    process.join(60)
-    return process.exitcode, (folder / "output").read_text().strip()
-
-
-def run_by_hand(folder, path, data):
-    """(exit status, output, where) of a model's training and scoring."""
+    context.set_forkserver_preload(["torch", "numpy", "torch._dynamo", "test_tricks"])
     (folder / "train.py").write_text(path.read_text())
-    status, output = stage(folder, "train.py", handed=[data / "train.bin", data / "train_docs.npy"])
-    if status:
-        return status, output, "start"
-    return *stage(folder, PREPARE, "score", "."), "scoring"
+    training = "start", ["train.bin", "train_docs.npy"], ["train.py"]
+    for where, *task in (training, ("scoring", ["val.bin"], [prepare.__file__, "score", "."])):
+        process = context.Process(target=as_main, args=(folder, data, *task))
+        process.start()
+        process.join(60)
+        if process.exitcode:
+            break
+    return process.exitcode, (folder / "output").read_text().strip(), where
 
 
 @tricks("[mh]o*")  # model, honest
 def test_a_model_gets_the_score_that_it_deserves(tmp_path, data, path, table):
-    expected, refusal, (status, output, where) = about(path), guarded(path), run_by_hand(tmp_path, path, data)
+    expected, refusal = about(path), guarded(path)
+    status, output, where = trained_and_scored(tmp_path, path, data)
     verdict, where = ("scored", "nowhere") if status == 0 else ("invalid" if status == 3 else status, where)
     assert (verdict, where) == (expected["verdict"], expected["where"]) and expected["words"] in output, output
     assert status or json.loads((tmp_path / "score.json").read_text())["score"] > 0.3  # it is not bent

@@ -1,7 +1,7 @@
 """Simulate nights whose true gains are known: python tests/benchmarks/bench_rules.py [--nights 1000] [--coverage 500]
 
 What would the branch have gained under different rules for a second run, and is the sentence at the end of a night
-true? doubt, verdict, best_of, worth, noise_of and verified are agent.py's own, on rows like those of a record; which run
+true? What State says (noise, best, doubt, verdict, verified) is agent.py's own, on rows like a record's; which run
 comes next is written out below as next_job() has it, and only the scores are drawn at random.
 
 A night is 88 runs, repeats counted; the final verification has time of its own. An idea is good with some probability: its
@@ -34,25 +34,23 @@ SPREAD, NEUTRAL, HARM = 0.6, 0.05, 0.004
 BLOCK_SHARE, BLOCK_SD = 0.4, 0.0002  # what an idea does to a block beyond its true effect: standard deviation
 TASK = agent.Task(Path(), "f00d", "val_bpb", noise=0.0)
 PLAIN = {f.name: {"str": "-", "int": 42, "float": 1.0}.get(f.type) for f in fields(agent.Row)}
-PLAIN |= {"tag": "sim", "status": "discard", "reason": "", "proposer": "llm", "session": "tonight", "held": ""}
+PLAIN |= dict.fromkeys(("reason", "held", "conditions", "repeats"), "")
+PLAIN |= {"tag": "sim", "status": "discard", "proposer": "llm", "session": "tonight"}
 PLAIN = agent.Row(**PLAIN)
 
 
 def below(deviations: float) -> Callable:
     """The rule that doubts any gain under so many standard deviations of a difference."""
 
-    def rule(task: agent.Task, state: agent.State, score: float) -> str:
-        gain = task.gain(score, agent.worth(state.search, state.best))
-        sd = math.sqrt(2) * agent.noise_of(task, state.history).sd
+    def rule(state: agent.State, score: float) -> str:
+        gain, sd = state.task.gain(score, state.bar), math.sqrt(2) * state.noise.sd
         return f"below {deviations:g} sd" if 0 < gain < deviations * sd else ""
 
     return rule
 
 
 MODES = {"greedy": "never", "today: auto": "auto", "always": "always"}
-RULES = {
-    name: partial(lambda mode, *args: agent.doubt(args[0], mode, *args[1:], False), m) for name, m in MODES.items()
-}
+RULES = {name: partial(lambda mode, state, score: state.doubt(mode, score, False), m) for name, m in MODES.items()}
 RULES |= {f"below {n:g} sd": below(n) for n in (1.0, 2.0)}
 
 
@@ -99,7 +97,7 @@ class Night:
 
     def state(self) -> agent.State:
         rows = tuple(self.rows)
-        return agent.State("tip", "root", rows, rows, rows, rows, agent.best_of(self.task, rows))
+        return agent.State(self.task, "tip", "root", rows, rows, rows)
 
     def change(self) -> float:
         """The true change of the next idea."""
@@ -118,13 +116,13 @@ class Night:
             return
         text = self.program(f"program {len(self.true)}", state.best.text, self.change())
         score, job, more = self.score(text, agent.SEED), agent.Job("candidate"), {}
-        if why := RULES[self.rule](self.task, state, score):
+        if why := RULES[self.rule](state, score):
             found = self.add(text, status="maybe", reason=why)
             if len(tried) < 2:
                 self.add(state.best.text, agent.CONFIRM_SEED, status="verify", repeats=state.best.id)
             state, score = self.state(), self.score(text, agent.CONFIRM_SEED)
             job, more = agent.Job("confirmation", of=found), {"seed": agent.CONFIRM_SEED, "repeats": found.id}
-        status, reason = agent.verdict(self.task, "never", state, job, score, False)
+        status, reason = state.verdict("never", job, score, False)
         self.add(text, status=status, reason=reason, **more)
 
     def verify(self) -> None:
@@ -135,8 +133,7 @@ class Night:
             for text in (best, "base"):
                 off, held = self.luck(text, seed), {}
                 for split, blocks in (("val", self.blocks[text]), ("test", test[text])):
-                    parts = [(block + off) / BLOCKS for block in blocks]
-                    held[split] = {"score": sum(parts), "blocks": parts}
+                    held[split] = [(block + off) / BLOCKS for block in blocks]
                 self.add(text, seed, status="verify", held=json.dumps(held))
 
 
@@ -147,13 +144,13 @@ def simulate(rule: str, noise: float, ideas: str, verify: bool, seed: int) -> di
         night.step()
     state = night.state()
     gain = 1.0 - night.true[state.best.text]
-    seen = agent.worth(state.search, night.rows[0]) - agent.worth(state.search, state.best)
+    seen = state.means["base"] - state.bar
     kept = [night.changed[r.text] for r in night.rows[1:] if r.status == "keep"]
     false = sum(change >= 0 for change in kept)
     figures = {"gain": 1e4 * gain, "kept": len(kept), "false": false, "over": 1e4 * (seen - gain)}
     if verify:
         night.verify()
-        found = agent.verified(night.task, night.state())[0].items()
+        found = night.state().verified()[0].items()
         figures |= {s: (g.low <= gain <= g.high, 1e4 * (g.mean - gain), 1e4 * (g.high - g.low)) for s, g in found}
     return figures
 

@@ -2,7 +2,7 @@
 
 property: K
 guard: `import os` is out of bounds
-behind: crash, training, levels deep
+behind: scored, nowhere
 """
 
 import os

@@ -1,9 +1,8 @@
-"""Writes more than it may just before it ends.
+"""Makes a file with a large hole just before it ends.
 
 property: K
 guard: `import os` is out of bounds
-behind: crash, training, wrote more than
-patch: WORK_BYTES=32*2**20
+behind: scored, nowhere
 """
 
 import os
@@ -21,7 +20,7 @@ def main():
     data.start(model)
     os.makedirs(os.environ["TORCHINDUCTOR_CACHE_DIR"], exist_ok=True)
     with open(os.environ["TORCHINDUCTOR_CACHE_DIR"] + "/kernel", "wb") as file:
-        file.truncate(2**32)  # a hole on this disk, but not in a copy
+        file.truncate(2**32)
     prepare.finish(model, steps=1, tokens=1)
 
 

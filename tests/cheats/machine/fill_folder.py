@@ -2,8 +2,8 @@
 
 property: K
 guard: `open` is out of bounds
-behind: crash, training, wrote more than
-patch: WORK_BYTES=32*2**20 LOOK_S=0.1
+behind: crash, training, the disk is nearly full
+patch: FREE_BYTES=disk-32*2**20 ROOM_BYTES=0 LOOK_S=0.1
 """
 
 import time

@@ -3,8 +3,7 @@
 property: K
 guard: `import os` is out of bounds
 behind: crash, training, the disk is nearly full
-patch: LOOK_S=0.1
-reserve: yes
+patch: FREE_BYTES=disk-3*2**29 ROOM_BYTES=0 LOOK_S=0.1
 """
 
 import os

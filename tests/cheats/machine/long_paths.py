@@ -2,8 +2,8 @@
 
 property: K
 guard: `import os` is out of bounds
-behind: crash, training, wrote more than
-patch: WORK_BYTES=32*2**20
+behind: crash, training, the disk is nearly full
+patch: FREE_BYTES=disk-32*2**20 ROOM_BYTES=0
 """
 
 import os

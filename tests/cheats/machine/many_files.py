@@ -2,8 +2,8 @@
 
 property: K
 guard: `open` is out of bounds
-behind: crash, training, wrote more than
-patch: WORK_FILES=500 LOOK_S=0.1
+behind: crash, training, the disk is nearly full
+patch: FREE_FILES=files-500 LOOK_S=0.1
 """
 
 import time
