@@ -70,12 +70,14 @@ FREE_BYTES, FREE_FILES, FREE_SHARE = 2**30, 100_000, 0.03  # of the disk, of mem
 ROOM_BYTES = 2**30  # of the disk beyond that, for which a run is waited with
 REPAIR_TRIES, USELESS = 2, 20  # a crash goes back to its model; useless replies before the search proposes
 OUTAGE_S, REPLY_S = 180.0, 900.0  # of failures before that; that one reply may take
-REPLY_TOKENS, REQUEST_CHARS = 32_000, 120_000  # that a reply may have; that a request may have at first
+LIMITS = ("max_tokens", 32_000), ("max_completion_tokens", 32_000), ("max_tokens", 8_000), ("max_tokens", 2_000)
+REQUEST_CHARS = 120_000  # that a request may have at first; above, how the length of a reply may be limited, in tokens
 STUCK_ROWS, NOTES_ROWS = 8, 10  # without a keep before the question changes; between two notes of the model
 DIFF_CHARS, DIFFS_CHARS, ROWS_CHARS = 4_000, 12_000, 44_000  # that a request shows of one diff, of all keeps', of rows
 MAX_TEXT, MAX_LITERAL = 100_000, 4_000  # characters of a train.py, of one of its strings
 
 NO_CODE = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)  # what parsing odd text raises
+NO_SERVER = (ValueError, AttributeError, TypeError, ImportError, OSError)  # what odd answers, proxies, keys raise
 FILES = ("train.py", "program.md")  # what a row's commit has of its own
 LARGE = ("checkpoint.pt", "run-cache", "score-cache", "work")  # what only the best's folder keeps, and none at last
 GIT = "git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c core.fsync=all -c user.name=autoresearch".split()
@@ -272,7 +274,8 @@ class Session:
     model: str = ""  # its name; what follows is what this session has come to know of it and its server
     elsewhere: bool = False  # it computes on another machine: the next proposal is asked for while one trains
     chars: int = REQUEST_CHARS  # that a request may have
-    limit_name: str = "max_tokens"  # the parameter for the reply's length; empty: the server knows none
+    limits: tuple = LIMITS  # of a reply's length that the server has not refused yet
+    has_system: bool = True  # the server takes a system message; else it goes into the first one of the user
     slowest_s: float = 0.0  # of its replies; 0: none yet
     asked_at: float = 0.0  # of time.monotonic, the request in flight
     tokens: int = 0  # spent
@@ -313,12 +316,10 @@ class Session:
 
 
 def git(config: Config, *args: str, stdin: str = "", default: str | None = None, raw: bool = False, **env: str) -> str:
-    """The output of a git command in the checkout. Raises OSError where it fails and there is no default.
-
-    Without hooks, and in a session of its own, which Ctrl-C in the terminal does not reach.
-    """
-    options = {"cwd": config.root, "env": {**os.environ, "LC_ALL": "C", **env}, "start_new_session": True}
-    done = subprocess.run([*GIT, *args], input=os.fsencode(stdin), capture_output=True, **options)
+    """The output of a git command in the checkout. Raises OSError where it fails and there is no default."""
+    options = {"cwd": config.root, "env": {**os.environ, "LC_ALL": "C", **env}}
+    options |= {"capture_output": True, "start_new_session": True}  # Ctrl-C in the terminal does not reach it
+    done = subprocess.run([*GIT, *args], input=os.fsencode(stdin), **options)
     if done.returncode and default is None:
         said = done.stderr.decode(errors="replace")
         lock = re.search(r"'([^']+\.lock)': File exists", said)
@@ -593,9 +594,7 @@ PART = r"((?:(?![ \t]*(?:<{5,9} ?SEARCH|={5,9}[ \t]*$|>{5,9} ?REPLACE)).*\n)*)" 
 BLOCK = re.compile(rf"^[ \t]*<{{5,9}} ?SEARCH[ \t]*\n{PART}[ \t]*={{5,9}}[ \t]*\n{PART}[ \t]*>{{5,9}} ?REPLACE", re.M)
 SET = re.compile(r"^[ \t>*`\-\d.)]*SET[ \t]+`?([A-Za-z_]\w*)`?[ \t]*(?:=|:|to\b)[ \t]*(.+?)[ \t`*]*$", re.M)
 FENCE = re.compile(r"^(```+|~~~+)[^\n`]*\n(.*?)^\1", re.M | re.S)
-ODD = (
-    r"```diff|[-<=>+]{4,} ?(?:search|replace|original|updated)\b|@@ .*@@|--- \S|\+\+\+ \S|&lt;&lt;|[*`\-\d.)]*SET[ \t]"
-)
+ODD = r"```diff|[-<=>+]{4,} ?(?:search|replace|original|updated)\b|@@ .*@@|[-+]{3} \S|&lt;&lt;|[*`\-\d.)]*SET[ \t]"
 ODD = re.compile(rf"^[ \t>]*(?:{ODD}).*", re.M | re.I)  # what looks like an edit, and is none of these
 THOUGHT = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)"
 
@@ -725,10 +724,7 @@ def faults_of(text: str, required: tuple[str, ...]) -> dict[str, int]:
 
 
 def guard(text: str, base: str, tried: dict[str, Row], required: tuple[str, ...], rules: bool = True) -> None:
-    """Raise EditError, a sentence for the proposer, where a text may not train.
-
-    tried: earlier rows by program_key(). What the base has too is the affair of the user, who committed it.
-    """
+    """Raise EditError where a text may not train; but what its base has too is the affair of who committed it."""
     try:
         faults = faults_of(text, required)
     except NO_CODE as error:
@@ -862,10 +858,7 @@ class State:
         return {r.program: r for r in self.history if r.status != "verify"}
 
     def doubt(self, confirm: str, score: float, shorter: bool) -> str:
-        """Why a candidate's score must be confirmed on a second seed before it counts; empty where it need not.
-
-        confirm: --confirm. shorter: whether its train.py is clearly shorter, which gives it a second chance.
-        """
+        """Why a candidate's score must be confirmed on a second seed before it counts; empty where it need not."""
         gain, last = self.task.gain(score, self.bar), candidates(self.history)[-36:]
         rare = len(last) == 36 and sum(r.status == "keep" for r in last) < 0.08 * 36
         if self.task.noise and gain > self.task.suspicious * abs(self.bar):
@@ -914,11 +907,9 @@ class State:
         fresh, seen = list(gains.values())[-1], self.task.gain(self.bar, self.means[self.base.text])
         luck = min(max(0.0, seen - gains["val"].mean), max(0.0, seen))
         shown = "" if fresh.low > 0 else "it is worse: " if fresh.high < 0 else "no gain is shown: "
-        first = (
-            f"On {len(self.pairs)} fresh seeds and test data that the search never used, {shown}{self.task.metric} is"
-        )
+        first = f"On {len(self.pairs)} fresh seeds and test data that the search never used, {shown}{self.task.metric}"
         val = f"on the data that it used, by {interval(gains['val'])}. The search had seen {seen:.4f}"
-        return gains, f"{first} better by {interval(fresh)}; {val}: {luck:.4f} of it was luck."
+        return gains, f"{first} is better by {interval(fresh)}; {val}: {luck:.4f} of it was luck."
 
 
 def gain_of(best: list[list[float]], base: list[list[float]], others: list[list[float]]) -> Gain:
@@ -1030,17 +1021,14 @@ def run_child(s: Session, log: Path, args: list[str], limits: tuple, message: st
 
 
 def watch(s: Session, process, ours: socket.socket, log: Path, limits: tuple, message: str, files: list[Path]) -> Ended:
-    """Follow a child to its end, or to why it must die: seconds since the hand-over, why, its status, whom to blame.
-
-    With a sandbox the files are handed over from a read-only mount in one: they cannot be opened again for writing.
-    """
+    """Follow a child to its end, or to why it must die: seconds since the hand-over, why, its status, whom to blame."""
     began = looked = now = time.clock_gettime(BOOTTIME)
     limit, handed, asked, work = began + limits[0], None, False, log.parent / "work"
     while True:
         if not asked and select.select([ours], [], [], POLL_S)[0]:
             asked = True
             with contextlib.suppress(ConnectionError):
-                if ours.recv(64).startswith(b"start"):  # else it has only closed its end
+                if ours.recv(64).startswith(b"start"):  # out of a read-only mount: they cannot be opened for writing
                     send = [*sandboxed(s, work, files), sys.executable, "-ISc", SEND_FILES, str(ours.fileno()), message]
                     subprocess.run([*send, *map(str, files)], pass_fds=[ours.fileno()], check=True)
                     handed = time.clock_gettime(BOOTTIME)
@@ -1243,30 +1231,22 @@ def request(s: Session, state: State, running: Job | None = None, ask: str = "")
     notes, best = read_text(s.runs / "notes.md", "replace")[:8000], "not measured yet"
     if state.best:
         best = f"{state.best.id}, {s.task.metric} {state.bar:.6f}"
-    before = [
-        f"# The brief (program.md)\n\n{brief}",
-        f"# Facts\n\nWhat scores here have in common: {s.task.conditions}.",
-    ]
+    before = [f"# The brief (program.md)\n\n{brief}", f"# Facts\n\nScores compare under these: {s.task.conditions}."]
     before += [f"# The best train.py so far\n\n```python\n{state.text}```"]
     now = f"# Now\n\nThe best is {best}; {noise_line(state)}. Propose one experiment that was not tried yet."
     if numbers := [k for k in knobs(state.text, s.task.preset).values() if type(k.value) in (int, float)]:
         k = (rng := random.Random(state.next_id)).choice(numbers)  # another each time: small models copy what they see
         now += "\n\nAn example of a whole reply, for its form only, not its idea:\n\nHYPOTHESIS: it may be off.\n"
         now += f"EXPECTED: -0.001\nDESCRIPTION: another {k.name}\nSET {k.name} = {moved(k, rng)}"
-    after = [
-        *recent(s, state, running),
-        *([f"# Your role this time: {role[0]}\n\n{role[1]}"] if role[1] else []),
-        ask or now,
-    ]
-    room = s.chars - sum(map(len, (*before, notes, *after)))
+    after = recent(s, state, running)
+    after += [f"# Your role this time: {role[0]}\n\n{role[1]}"] if role[1] else []
+    room = s.chars - sum(map(len, (*before, notes, *after, ask or now)))
     keeps = newest(keeps, min(DIFFS_CHARS, room // 4), 1)
     rows = newest(rows, min(ROWS_CHARS, room - sum(map(len, keeps))), 20)
     before += ["# The keeps as diffs\n\n" + "\n\n".join(keeps)] if keeps else []
     before += [f"# Notes on this research, by the model\n\n{notes}"] if notes else []
-    before += [
-        "# The experiments so far: id, status, score, gain on what it had to beat, what it was\n\n" + "\n".join(rows)
-    ]
-    user = "\n\n".join(before + after)
+    title = "# The experiments so far: id, status, score, gain on what it had to beat, what it was"
+    user = "\n\n".join([*before, title, "\n".join(rows), *after, ask or now])
     return [{"role": "system", "content": REPLY_FORMAT}, {"role": "user", "content": user}]
 
 
@@ -1326,7 +1306,14 @@ def client(config: Config, limit_s: float):
     """An OpenAI client that leaves retries to us."""
     import openai
 
-    return openai.OpenAI(api_key=config.api_key or "none", base_url=config.base_url, timeout=limit_s, max_retries=0)
+    http = openai.DefaultHttpxClient(trust_env=not is_local(config))  # a server on this machine needs no proxy
+    known = {"api_key": config.api_key or "none", "base_url": config.base_url, "http_client": http}
+    return openai.OpenAI(timeout=limit_s, max_retries=0, **known)
+
+
+def is_local(config: Config) -> bool:
+    """Whether the model's server is this very machine."""
+    return urlsplit(config.base_url).hostname in ("localhost", "127.0.0.1", "::1", socket.gethostname())
 
 
 def find_model(config: Config) -> str:
@@ -1336,7 +1323,7 @@ def find_model(config: Config) -> str:
     try:
         with client(config, 20.0) as asking:
             listed = [config.model] if config.model else [model.id for model in asking.models.list()]
-    except (openai.APIError, ValueError, AttributeError, TypeError) as error:
+    except (openai.OpenAIError, *NO_SERVER) as error:
         raise UserError(f"{config.base_url} did not list its models ({said(config, error)}). {WAYS_ON}") from None
     if len(listed) != 1:
         raise UserError(f"name a model with --model; {config.base_url} lists {sorted(listed)[:12] or 'none'}")
@@ -1345,7 +1332,8 @@ def find_model(config: Config) -> str:
 
 def said(config: Config, error: object) -> str:
     """An error on one line, without the user's key, which some servers repeat; dummies of local ones are no secret."""
-    key, text = config.api_key or "", f"{error} {getattr(error, '__cause__', None) or ''}"
+    body = "" if " - " in str(error) else getattr(error, "body", "")  # of which not all find their way into the words
+    key, text = config.api_key or "", f"{error} {getattr(error, '__cause__', None) or body or ''}"
     return one_line(text.replace(key, "***") if len(key) >= 12 else text)[:300].rstrip(". ")
 
 
@@ -1353,15 +1341,17 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
     """One request. Raises NoReply."""
     import openai
 
-    limit = {s.limit_name: REPLY_TOKENS} if s.limit_name else {}
+    if not s.has_system:
+        first = "\n\n".join(m["content"] for m in messages[:2])
+        messages = [{"role": "user", "content": first}, *messages[2:]]
     began = s.asked_at = time.monotonic()
     try:
         with client(s.config, s.reply_s) as asking:
-            answer = asking.chat.completions.create(model=s.model, messages=messages, **limit)
+            answer = asking.chat.completions.create(model=s.model, messages=messages, **dict(s.limits[:1]))
         choice = (answer.choices or [None])[0]
         error = getattr(choice, "error", None) or getattr(answer, "error", None)  # some answer 200 with it
         status = int(error["code"]) if isinstance(error, dict) and str(error.get("code")).isdigit() else 500
-    except (openai.OpenAIError, ValueError, AttributeError, TypeError) as odd:
+    except (openai.OpenAIError, *NO_SERVER) as odd:
         status = getattr(odd, "status_code", 0 if isinstance(odd, openai.APIConnectionError) else -1)
         wait_s = odd.response.headers.get("retry-after", "") if status > 0 else ""
         what = "no answer of a model, is the URL complete, with /v1? " * (status < 0) + said(s.config, odd)
@@ -1392,8 +1382,11 @@ def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], 
         except NoReply as error:
             keep_exchange(log, [{"role": "no reply", "content": str(error)}])
             size, status = sum(len(m["content"]) for m in messages), error.status
-            if status in (400, 422) and s.limit_name and s.limit_name in str(error):
-                s.limit_name = "max_completion_tokens" if s.limit_name == "max_tokens" else ""
+            if status in (400, 402, 422) and any(str(part) in str(error) for limit in s.limits[:1] for part in limit):
+                s.limits = s.limits[1:]
+                continue
+            if status in (400, 422) and s.has_system and re.search("system|role", str(error), re.I):
+                s.has_system = False
                 continue
             if status in (400, 413, 422, 500) and size > 12_000 and halved < (1 if status == 500 else 3):
                 halved, s.chars = halved + 1, size // 2  # too long, perhaps, whatever its words
@@ -1524,10 +1517,8 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-COLUMNS = (
-    "commit score memory_gb status description id time tag parent proposer role seed steps tokens_M train_s wall_s"
-)
-COLUMNS = f"{COLUMNS} llm_tokens".split()  # of Row
+COLUMNS = "commit score memory_gb status description id time tag parent proposer role seed steps".split()  # of Row
+COLUMNS += "tokens_M train_s wall_s llm_tokens".split()
 
 
 def table(task: Task, rows: tuple[Row, ...]) -> str:
@@ -1615,9 +1606,7 @@ def report(s: Session, state: State) -> str:
     tables += [grouped(s.task, rows, "role", lambda r: r.role)]
     tables += [grouped(s.task, rows, "brief (git show NAME)", lambda r: r.brief[:10])]
     odd = [r for r in candidates(state.mine) if r.instead or r.score is None]
-    odd = grouped(
-        s.task, odd, "anomaly", lambda r: r.instead and f"search, as {r.instead}" or f"{r.status}: {r.reason}"
-    )
+    odd = grouped(s.task, odd, "anomaly", lambda r: f"search: {r.instead}" if r.instead else f"{r.status}: {r.reason}")
     refused = f"{sum(r.refused or 0 for r in state.mine)} replies were refused before training."
     keeps = "\n".join(f"* {row_line(s.task, r)}, `{r.commit[:7]}`" for r in state.search if r.status == "keep")
     parts = [f"# {s.branch}", f"{standing(state)}.", believed(state), "![progress](progress.png)"]
@@ -1718,9 +1707,8 @@ def run_s(s: Session, state: State, splits: int = 1) -> float:
 
 def for_search(s: Session, state: State, ahead: int = 0) -> bool:
     """Whether the search is to propose, now or so many experiments ahead."""
-    return (
-        s.config.proposer == "search" or s.config.proposer == "mix" and (len(candidates(state.search)) + ahead) % 2 > 0
-    )
+    odd = (len(candidates(state.search)) + ahead) % 2 > 0
+    return s.config.proposer == "search" or s.config.proposer == "mix" and odd
 
 
 def candidate(s: Session, state: State) -> Job | None:
@@ -1728,24 +1716,24 @@ def candidate(s: Session, state: State) -> Job | None:
 
     None where it had to be waited for, as the refs may have moved meanwhile, or does not fit.
     """
-    (row, s.ready), instead, preset = (s.ready, None), "", s.task.preset
-    if row is None and not for_search(s, state):
+    preset, key = s.task.preset, f"{s.config.tag}/{state.next_id}"
+    step = lambda: search_proposal(state.text, preset, key, state.tried, s.task.required)  # noqa: E731
+    if s.ready is None and not for_search(s, state):
         try:
             s.ready = awaited(s, s.asked or begin_asking(lambda future: propose(s, state, future)))
-            return None
         except NoReply as error:
-            instead = str(error)
             s.screen.say(f"      no proposal from {s.model} ({error}); the search makes this one")
+            s.ready = replace(step(), instead=str(error))
         finally:
             s.asked = None
-    key = f"{s.config.tag}/{state.next_id}"
-    row = row or search_proposal(state.text, preset, key, state.tried, s.task.required)
+        return None
+    row, s.ready = s.ready or step(), None
     try:
         if row.parent not in ("", state.stand) and any(edit.kind == "file" for edit in row.edits):
             raise EditError("it is a whole file, made from an earlier best")
         text = apply_edits(state.text, row.edits, preset)
         guard(text, state.text, state.tried, s.task.required, s.config.guard)
-        return Job("candidate", text, replace(row, instead=instead))
+        return Job("candidate", text, row)
     except EditError as error:
         return s.screen.say(f"      dropped before training: {row.description}: {one_line(str(error))[:140]}")
 
@@ -1906,15 +1894,15 @@ def opened(config: Config) -> tuple[Session, bool]:
 def begin(s: Session, resumed: bool) -> None:
     """Everything before the first turn: the sandbox, the model's first proposal, the branch. Raises UserError, Over."""
     state, branch = recall(s), f"refs/heads/{s.branch}"
-    exists, other, last = (
-        git(s.config, "rev-parse", "-q", "--verify", branch, default=""),
-        "--tag NAME",
-        state.mine[-1:],
-    )
+    other, last = "--tag NAME", state.mine[-1:]
+    exists = git(s.config, "rev-parse", "-q", "--verify", branch, default="")
     if exists and not resumed and (last or exists != git(s.config, "rev-parse", "HEAD")):
         raise UserError(f"{s.branch} exists. To go on with it: git checkout {s.branch}. To begin another: {other}")
     if not last and git(s.config, "for-each-ref", f"refs/autoresearch/{s.config.tag}/"):
         raise UserError(f"{s.branch} was made by another version of agent.py. Begin another branch: {other}")
+    if resumed and not last and parse_row("", "", git(s.config, "log", "-1", "--format=%B")):
+        fetch = "git fetch REMOTE 'refs/autoresearch/*:refs/autoresearch/*'"
+        raise UserError(f"the rows of {s.branch} are not in this clone. To have them: {fetch}")
     if last and last[0].conditions != s.task.conditions:
         was = f"made with {last[0].conditions}; now it is {s.task.conditions}"
         raise UserError(f"{s.branch} was {was}. Begin another branch: {other}")
@@ -1929,8 +1917,7 @@ def begin(s: Session, resumed: bool) -> None:
             strip(folder)
     find_sandbox(s)
     if s.config.proposer != "search":
-        local = urlsplit(s.config.base_url).hostname in ("localhost", "127.0.0.1", "::1", socket.gethostname())
-        s.elsewhere = not local if s.config.prefetch is None else s.config.prefetch
+        s.elsewhere = not is_local(s.config) if s.config.prefetch is None else s.config.prefetch
         s.model = find_model(s.config)
         if state.best or s.config.experiments != 1:
             try:
@@ -1988,7 +1975,8 @@ def show(config: Config, whole: bool) -> int:
     s = Session(config, read_task(config) or Task(Path(), "", "score"), Screen(), "")
     rows = sorted(recall(s).rows, key=lambda r: (r.tag == config.tag, r.time, r.id))
     if not rows or named and rows[-1].tag != named:
-        raise UserError(f"no experiments are recorded here{f' under the tag {named}' * bool(named)}")
+        fetch = "from another clone: git fetch REMOTE 'refs/autoresearch/*:refs/autoresearch/*'"
+        raise UserError(f"no experiments are recorded here{f' under the tag {named}' * bool(named)}; {fetch}")
     last, s.config = rows[-1], replace(config, tag=rows[-1].tag)
     metric, lower = last.conditions.split(" ")[0], "(lower" in last.conditions
     s.task = replace(s.task, conditions=last.conditions, metric=metric, lower_is_better=lower)

@@ -240,12 +240,40 @@ def test_a_server_that_hangs_holds_up_neither_ctrl_c_nor_the_deadline(checkout, 
 OLD_LIMIT = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
 
 
-def test_a_refused_limit_of_the_reply_is_renamed_then_dropped_and_that_is_remembered(checkout, server):
-    refusals = error(400, OLD_LIMIT), error(400, "max_completion_tokens is too large: this model supports 4096")
-    llm(checkout, server, refusals[0], idea(1), refusals[1], idea(2), idea(3), experiments=4)
-    names = [[name for name in body if name.startswith("max_")] for body in server.requests]
-    assert names == [["max_tokens"], ["max_completion_tokens"], ["max_completion_tokens"], [], []]
+def test_a_refused_limit_of_the_reply_is_renamed_then_made_smaller_and_that_is_remembered(checkout, server):
+    poor = error(402, "You requested up to 32000 tokens, but can only afford 4096")
+    llm(checkout, server, error(400, OLD_LIMIT), idea(1), poor, idea(2), idea(3), experiments=4)
+    found = [[body[name] for name in body if name.startswith("max_")] for body in server.requests]
+    assert found == [[32000], [32000], [32000], [8000], [8000]] and "max_completion_tokens" in server.requests[1]
     assert proposers(checkout) == "baseline llm llm llm"
+
+
+@pytest.mark.parametrize("words", ["System role not supported", "Conversation roles must alternate user/assistant"])
+def test_a_refused_system_message_goes_into_the_users_once_and_remembered(checkout, server, words, request):
+    refuse = lambda body: error(400, words) if body["messages"][0]["role"] == "system" else idea(1)  # noqa: E731
+    llm(checkout, server, refuse, refuse, "nothing", idea(2), experiments=3)
+    assert proposers(checkout) == "baseline llm llm" and len(server.requests) == 4
+    whole, roles = server.requests[1]["messages"][0]["content"], [m["role"] for m in server.requests[3]["messages"]]
+    assert "DESCRIPTION: at most 80" in whole and "# Now" in whole and roles == ["user", "assistant", "user"]
+    server.requests.clear()  # of another shape than the others
+
+
+SURROUNDINGS = {
+    "a proxy without its package": {"ALL_PROXY": "socks5://127.0.0.1:9", "OPENAI_BASE_URL": "http://models.invalid/v1"},
+    "no such certificates": {"SSL_CERT_FILE": "/nowhere", "OPENAI_BASE_URL": "https://models.invalid/v1"},
+}
+
+
+@pytest.mark.parametrize("what", SURROUNDINGS)
+def test_odd_surroundings_are_one_line(checkout, what):
+    done = checkout.run("--sandbox", "off", **SURROUNDINGS[what])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "models.invalid" in done.stderr, done.stderr
+
+
+def test_a_server_on_this_machine_is_reached_without_the_proxy_and_a_url_may_end_in_white_space(checkout, server):
+    server.script = [(400, {"detail": "no such thing"})]
+    done = checkout.run("--sandbox", "off", HTTP_PROXY="http://127.0.0.1:9", OPENAI_BASE_URL=f"{server.url} \r")
+    assert done.returncode == 2 and "no such thing" in done.stderr and len(server.requests) == 1
 
 
 TOO_LONG = {
