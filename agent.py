@@ -66,7 +66,7 @@ LOG_BYTES, TMP_BYTES, PROCESSES = (
     2**30,
     1000,
 )  # that a run may print, write into /tmp and into /dev/shm, start
-FREE_BYTES, FREE_FILES, FREE_SHARE = 2**30, 100_000, 0.03  # of the disk, of memory: a run that leaves less is killed
+FREE_BYTES, FREE_FILES, FREE_SHARE = 2**30, 10_000, 0.03  # of the disk, of memory: a run that leaves less is killed
 ROOM_BYTES = 2**30  # of the disk beyond that, for which a run is waited with
 REPAIR_TRIES, USELESS = 2, 20  # a crash goes back to its model; useless replies before the search proposes
 OUTAGE_S, REPLY_S = 180.0, 900.0  # of failures before that; that one reply may take
@@ -346,10 +346,13 @@ def parse_row(commit: str, parent: str, text: str) -> Row | None:
     head, _, trailers = text.strip().rpartition("\n\n")
     description, _, hypothesis = head.partition("\n\n")
     values = dict(re.findall(r"^([A-Z][\w-]*): (.*)$", trailers, re.M))
-    kinds = {f.name: {"str": str, "int": int, "float": float}[f.type.split(" ")[0]] for f in fields(Row)[5:]}
+    kinds = {
+        f.name: {"str": str, "int": lambda v: int(float(v)), "float": float}[f.type.split(" ")[0]]
+        for f in fields(Row)[5:]
+    }
     with contextlib.suppress(ValueError):
         found = {name: kinds[name](values[key]) for name, key in TRAILERS.items() if key in values}
-        if values.get("Format") == FORMAT and found["id"].isdigit():
+        if values.get("Format") == FORMAT and found.get("id", "").isdigit():
             return Row(description, one_line(hypothesis), (), commit, parent, **found)
     return None
 
@@ -381,7 +384,7 @@ def recall(s: Session) -> State:
 
 def record(s: Session, row: Row, text: str) -> None:
     """Make a row one commit under one new ref: the commit point. A full disk, or a lock, is waited for. Raises Over."""
-    for failures in itertools.count(1):
+    while True:
         try:
             tree, blobs = write_tree(s.config, row.parent, (text, read_text(s.config.root / "program.md")))
             row = replace(row, text=blobs["train.py"], brief=blobs.get("program.md", "-"))
@@ -392,8 +395,6 @@ def record(s: Session, row: Row, text: str) -> None:
             git(s.config, "update-ref", f"refs/autoresearch/{row.tag}/{row.id}", commit, "")
             return s.screen.say(row_line(s.task, row))
         except OSError as error:
-            if failures == 100:
-                raise
             s.screen.say(f"      cannot be written ({error}); trying again")
             s.pause(WAIT_S, "waiting: the record cannot be written")
 
@@ -419,6 +420,8 @@ def settle(s: Session, state: State) -> State:
     write_whole(s.config.root / "results.tsv", table(s.task, state.rows))
     if read_text(s.runs / "best" / "train.py") != state.text:
         strip(s.runs / "best")
+        if state.best and (s.runs / state.best.id / "checkpoint.pt").exists():
+            (s.runs / "best").symlink_to(state.best.id)
     head = git(s.config, "symbolic-ref", "-q", "--short", "HEAD", default="no branch")
     why, views = foreign(s, state)
     why = why if head == s.branch else f"the checkout is on {head}. To go on with it: git checkout {s.branch}"
@@ -439,7 +442,7 @@ def move(s: Session, state: State, views: set[str]) -> None:
         text = git(s.config, "cat-file", "--filters", f"{state.stand}:./train.py", raw=True)  # with the line ends set
         write_whole(s.config.root / "train.py", text)
     if state.tip != state.stand:
-        if state.best is not state.mine[-1] or s.stood not in ("", state.tip):  # else it is a new keep
+        if state.best is not state.mine[-1] or s.stood != state.tip:  # else it is a new keep
             s.screen.say(f"      {s.branch} stood at {state.tip[:7]}, and goes to the best, {state.stand[:7]}.")
             s.screen.say("      To take a keep back: git checkout HEAD~1 -- train.py && git commit -m back")
         git(s.config, "update-ref", f"refs/heads/{s.branch}", state.stand, state.tip)
@@ -1027,7 +1030,7 @@ def watch(s: Session, process, ours: socket.socket, log: Path, limits: tuple, me
     while True:
         if not asked and select.select([ours], [], [], POLL_S)[0]:
             asked = True
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(ConnectionError, subprocess.CalledProcessError):  # it may die meanwhile
                 if ours.recv(64).startswith(b"start"):  # out of a read-only mount: they cannot be opened for writing
                     send = [*sandboxed(s, work, files), sys.executable, "-ISc", SEND_FILES, str(ours.fileno()), message]
                     subprocess.run([*send, *map(str, files)], pass_fds=[ours.fileno()], check=True)
@@ -1057,9 +1060,8 @@ def excess(process: subprocess.Popen, log: Path) -> str:
             return f"more than {PROCESSES} processes"
     if log.exists() and log.stat().st_size > LOG_BYTES:
         return f"printed more than {LOG_BYTES >> 20} MB"
-    disk = os.statvfs(log.parent)
-    if disk.f_bavail * disk.f_frsize < FREE_BYTES or disk.f_files and disk.f_favail < FREE_FILES:
-        return "the disk is nearly full"
+    if lacking := disk_lacks(log.parent, FREE_BYTES):
+        return f"the disk is nearly full: {lacking}"
     memory = psutil.virtual_memory()
     return "out of memory: the machine has nearly none left" if memory.available < FREE_SHARE * memory.total else ""
 
@@ -1103,7 +1105,11 @@ def train(s: Session, folder: Path, seed: int) -> Result:
     if blame := end.blame or busy(s, FREE_BYTES if reason else 0):
         return Result("void", blame)
     steps, tokens, memory_mb = (number(folder / "facts.json", name) for name in ("steps", "tokens", "peak_vram_mb"))
-    found = {"train_s": end.handed_s, "memory_gb": (memory_mb or 0.0) / 1024, "steps": steps and int(steps)}
+    found = {
+        "train_s": end.handed_s,
+        "memory_gb": (memory_mb or 0.0) / 1024,
+        "steps": None if steps is None else int(steps),
+    }
     return Result(status, reason, {}, found | {"tokens_M": tokens and tokens / 1e6})
 
 
@@ -1141,14 +1147,23 @@ def crash_reason(code: int, tail: str, has_checkpoint: bool) -> str:
 
 def busy(s: Session, needed: int) -> str:
     """What the machine lacks for a run: so many bytes of the disk, or a GPU that nobody else uses."""
-    if (free := shutil.disk_usage(s.config.root).free) < needed:
-        return f"{free / 2**30:.2f} GB of the disk are free, {needed / 2**30:.2f} are needed"
+    if lacking := disk_lacks(s.config.root, needed):
+        return lacking
     for patience_s in (3.0, 0.0):  # a process that has ended may hold it for a moment
         _, used, total = gpu()
         if used <= s.gpu_mb + 2048 + 0.05 * total:  # a desktop's share
             return ""
         time.sleep(patience_s)
     return f"another program uses {used / 1024:.1f} of the GPU's {total / 1024:.0f} GB"
+
+
+def disk_lacks(path: Path, needed: int) -> str:
+    """What a disk has too little of, bytes or files; empty where it has enough."""
+    disk = os.statvfs(path)
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_files and disk.f_favail < FREE_FILES:
+        return f"{disk.f_favail} more files fit on the disk, {FREE_FILES} are needed"
+    return f"{free / 2**30:.2f} GB of the disk are free, {needed / 2**30:.2f} are needed" if free < needed else ""
 
 
 def gpu() -> tuple[str, float, float]:
@@ -1191,7 +1206,11 @@ def take(folder: Path, cache: str, names: tuple[str, ...]) -> None:
     os.chmod(work, 0o700)  # it may have taken the rights away
     for name in (*names, "compile"):
         found, target = work / name, folder / (cache if name == "compile" else name)
-        plain = found.is_dir() if name == "compile" else found.is_file()
+        plain = found.is_file() and not (name.endswith(".json") and found.stat().st_size > 65_536)
+        if name == "compile" and found.is_dir():
+            with contextlib.suppress(OSError, RecursionError):
+                files = (f"{at}/{one}" for at, _, names in os.walk(found) for one in names)
+                plain = sum(os.lstat(file).st_size for file in files) < 2**31  # each run gets a copy
         remove(target)
         if plain and not found.is_symlink():
             os.chmod(found, 0o700)
@@ -1253,7 +1272,7 @@ def request(s: Session, state: State, running: Job | None = None, ask: str = "")
 def recent(s: Session, state: State, running: Job | None) -> list[str]:
     """Parts of a request that change with every row: near misses, the last run, what trains now, a dry spell."""
     done, parts = candidates(state.search), []
-    near = [r for r in done if r.status == "discard" and r.score is not None and r.parent == state.best.commit]
+    near = [r for r in done if r.status == "discard" and r.score is not None and r.bar == state.bar]
     near = sorted(near, key=lambda r: s.task.gain(r.bar, r.score))[:2]
     if last := [diff_of(s, r) for r in dict.fromkeys([*near, *done[-3:]]) if r.status != "keep"]:
         parts.append("# Near misses and last experiments as diffs\n\n" + "\n\n".join(last))
@@ -1312,8 +1331,12 @@ def client(config: Config, limit_s: float):
 
 
 def is_local(config: Config) -> bool:
-    """Whether the model's server is this very machine."""
-    return urlsplit(config.base_url).hostname in ("localhost", "127.0.0.1", "::1", socket.gethostname())
+    """Whether the model's server is this very machine: its address can be bound here."""
+    host = urlsplit(config.base_url).hostname or ""
+    with contextlib.suppress(OSError), socket.socket() as trial:
+        trial.bind((host, 0))
+        return True
+    return host in ("localhost", "::1")
 
 
 def find_model(config: Config) -> str:
@@ -1642,12 +1665,13 @@ def loop(s: Session) -> None:
         except (Over, UserError):
             raise
         except Exception as error:  # the one place that keeps the night going: the turn is begun anew
-            if (errors := errors + 1) > 6:
+            errors += 1
+            if errors > (100 if isinstance(error, OSError) else 3):  # a full disk, or a lock, may last
                 raise
             with contextlib.suppress(OSError), open(s.runs / "errors.log", "a", encoding="utf-8") as file:
                 file.write(f"{now()}\n{''.join(traceback.format_exception(error))}\n")
             s.screen.say(f"      {type(error).__name__}: {one_line(str(error))[:200]}; trying again")
-            s.pause(WAIT_S * 4 ** (errors - 1), "waiting after an error")
+            s.pause(WAIT_S * min(4 ** (errors - 1), 24), "waiting after an error")
 
 
 def next_job(s: Session, state: State) -> Job | None:
@@ -1723,7 +1747,10 @@ def candidate(s: Session, state: State) -> Job | None:
             s.ready = awaited(s, s.asked or begin_asking(lambda future: propose(s, state, future)))
         except NoReply as error:
             s.screen.say(f"      no proposal from {s.model} ({error}); the search makes this one")
-            s.ready = replace(step(), instead=str(error))
+            try:
+                s.ready = replace(step(), instead=str(error))
+            except UserError as nothing:
+                s.pause(60.0, f"waiting for the model: {nothing}")
         finally:
             s.asked = None
         return None
@@ -1769,20 +1796,22 @@ def run(s: Session, state: State, job: Job) -> tuple[Job, Result]:
                 result = Result(found.status, found.reason, blocks, measured)
         if result.status == "void":
             s.screen.say(f"      {folder.name} does not count ({result.reason}); it is run again")
+            if s.left_s < run_s(s, state):
+                raise Over("no time is left to run it again")
         elif result.status != "crash" or crashes == REPAIR_TRIES or not (mended := repaired(s, state, job, result)):
             return job, result._replace(measured=result.measured | {"wall_s": time.monotonic() - began})
         else:
             crashes, job = crashes + 1, mended
             for name in filter(lambda name: (folder / name).exists(), ("train.py", "run.log", "score.log")):
                 (folder / name).rename(folder / f"crash{crashes}-{name}")
-        if s.left_s < run_s(s, state):
-            raise Over("no time is left to run it again")
 
 
 def repaired(s: Session, state: State, job: Job, result: Result) -> Job | None:
     """A mended form of what crashed, by the model that made it; None where it finds none. Raises Over."""
     folder, row = s.runs / state.next_id, job.row
-    if row.proposer != "llm" or job.kind != "candidate" or result.reason.startswith("timeout"):
+    if row.proposer != "llm" or job.kind != "candidate" or s.left_s < run_s(s, state):
+        return None
+    if result.reason.startswith("timeout"):
         return None  # what hangs would keep the loop for hours
     s.screen.say(f"      {folder.name} crashed ({result.reason}); asking for a repair")
     crash = f"# Now\n\nYour experiment ({row.description}) crashed: {result.reason}. What it changed:\n\n"
@@ -1795,6 +1824,8 @@ def repaired(s: Session, state: State, job: Job, result: Result) -> Job | None:
         found = awaited(s, begin_asking(lambda future: converse(s, about, log, job.text, tried, future)))
     except NoReply as error:
         return s.screen.say(f"      no repair from {s.model} ({error})")
+    if s.left_s < run_s(s, state):
+        return None
     text = apply_edits(job.text, found.edits, s.task.preset)
     found = replace(found, role=row.role, llm_tokens=(found.llm_tokens or 0) + (row.llm_tokens or 0))
     return job._replace(text=text, row=found)
@@ -1817,7 +1848,8 @@ def judge(s: Session, state: State, job: Job, result: Result) -> Row:
     known |= {"score": None, "bar": state.bar, "time": now(), "seed": job.seed, "conditions": s.task.conditions}
     known |= {"program": program_key(job.text), "session": s.began}
     known |= {"held": json.dumps(result.blocks)} if job.kind == "verification" and not result.status else {}
-    return replace(job.row, **known | result.measured)
+    measured = {name: v for name, v in result.measured.items() if name != "score" or not result.status}
+    return replace(job.row, **known | measured)
 
 
 def conclude(s: Session, state: State, job: Job, row: Row) -> None:
@@ -1886,14 +1918,12 @@ def opened(config: Config) -> tuple[Session, bool]:
         raise UserError(f"--hours {config.hours:g} is shorter than one run of {task.budget_s:g} s")
     if config.verify is None:
         config = replace(config, verify=max(VERIFY_HOURS * 3600, 48 * task.budget_s) <= hours_s < math.inf)
-    elif config.verify and not (config.hours or config.experiments):
-        config = replace(config, experiments=0)  # nothing but that
     return Session(config, task, Screen(time.monotonic() + hours_s), f"{now()} {secrets.token_hex(4)}"), resumed
 
 
 def begin(s: Session, resumed: bool) -> None:
     """Everything before the first turn: the sandbox, the model's first proposal, the branch. Raises UserError, Over."""
-    state, branch = recall(s), f"refs/heads/{s.branch}"
+    state, branch, s.gpu_mb = recall(s), f"refs/heads/{s.branch}", gpu()[1]
     other, last = "--tag NAME", state.mine[-1:]
     exists = git(s.config, "rev-parse", "-q", "--verify", branch, default="")
     if exists and not resumed and (last or exists != git(s.config, "rev-parse", "HEAD")):
@@ -1901,11 +1931,12 @@ def begin(s: Session, resumed: bool) -> None:
     if not last and git(s.config, "for-each-ref", f"refs/autoresearch/{s.config.tag}/"):
         raise UserError(f"{s.branch} was made by another version of agent.py. Begin another branch: {other}")
     if resumed and not last and parse_row("", "", git(s.config, "log", "-1", "--format=%B")):
-        fetch = "git fetch REMOTE 'refs/autoresearch/*:refs/autoresearch/*'"
-        raise UserError(f"the rows of {s.branch} are not in this clone. To have them: {fetch}")
+        raise UserError("its rows are not in this clone: git fetch REMOTE 'refs/autoresearch/*:refs/autoresearch/*'")
     if last and last[0].conditions != s.task.conditions:
         was = f"made with {last[0].conditions}; now it is {s.task.conditions}"
         raise UserError(f"{s.branch} was {was}. Begin another branch: {other}")
+    if s.config.experiments == 0 and not verification(s, state):
+        raise UserError(f"on {s.branch} nothing was kept, or all is verified; with more experiments: add --hours H")
     unread = "train.py does not parse: mend it, commit it" * (not program_key(state.text))
     if why := unread or foreign(s, state)[0] or busy(s, FREE_BYTES):
         raise UserError(f"{why}, then start again")
@@ -1913,7 +1944,7 @@ def begin(s: Session, resumed: bool) -> None:
     s.screen.log = s.runs / "session.log"
     remove(s.runs / "next.md")  # this and more of a session that was killed
     for folder in s.runs.glob("[0-9]*"):
-        if folder.resolve() != (s.runs / "best").resolve():
+        if folder.resolve() != (s.runs / "best").resolve() and folder.name != (state.best and state.best.id):
             strip(folder)
     find_sandbox(s)
     if s.config.proposer != "search":
@@ -1990,7 +2021,11 @@ def show_request(config: Config) -> int:
     """Print one whole request and the reply to it; train nothing. Raises NoReply, EditError where it does not apply."""
     s, _ = opened(config)
     s.model, state = find_model(config), recall(s)
-    row = parse_reply(patiently(s, lambda: request(s, state), [], Path("/dev/stdout"), Future()).text)
+    for part in request(s, state):
+        print(f"<!-- {part['role']} -->\n\n{part['content']}\n", flush=True)
+    text = patiently(s, lambda: request(s, state), [], Path(os.devnull), Future()).text
+    print(f"<!-- reply -->\n\n{text}\n", flush=True)
+    row = parse_reply(text)
     guard(apply_edits(state.text, row.edits, s.task.preset), state.text, state.tried, s.task.required)
     print(f"The reply of {s.model}, {s.tokens} tokens in all, applies: {row.description}")
     return 0
@@ -2022,7 +2057,8 @@ def configured(args: argparse.Namespace) -> Config:
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be a positive number")
     key, url = (os.environ.get(f"OPENAI_{name}", "").strip() for name in ("API_KEY", "BASE_URL"))
-    if not (args.status or args.report or key or url) and (args.proposer != "search" or args.ask):
+    needless = args.status or args.report or args.proposer == "search" or args.verify and not args.hours
+    if not (key or url) and (args.ask or not needless):
         raise UserError(f"no model is configured. {WAYS_ON}")
     if not re.fullmatch(r"[!-~]*", key):
         raise UserError("OPENAI_API_KEY has blanks or characters that no key has: copy it again")
@@ -2031,6 +2067,8 @@ def configured(args: argparse.Namespace) -> Config:
     cache = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").expanduser().resolve()
     found = {name: value for name, value in vars(args).items() if name in Config.__dataclass_fields__}
     found |= {"model": args.model or os.environ.get("OPENAI_MODEL", ""), "proposer": args.proposer or "llm"}
+    if args.verify and not (args.hours or args.experiments):
+        found |= {"experiments": 0, "proposer": "search"}  # nothing but that
     found |= {"base_url": url or Config.base_url, "api_key": key, "budget_s": args.time_budget}
     return Config(Path(__file__).resolve().parent, cache, **found)
 

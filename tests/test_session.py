@@ -18,6 +18,7 @@ from conftest import ROOT, TOY, USER, commit_all, make_checkout, reply
 
 import agent
 
+FINISH = "    prepare.finish(model, steps=step, tokens=1_000_000)"
 MODEL_LINE = next(line for line in (TOY / "train.py").read_text().splitlines() if line.startswith("    return {"))
 GONE = 404, {"error": {"message": "no repair today"}}  # an answer after which the model is not asked again
 
@@ -171,6 +172,13 @@ def test_a_baseline_without_a_score_is_recorded_and_ends_the_session(checkout):
     trap(checkout, 42, FALL, note="plain")
     assert "gets no score (ValueError: odd)" in error_of(checkout)
     assert facts(checkout, "status", "proposer") == ["crash baseline"]
+
+
+def test_a_run_of_no_steps_is_a_row_and_the_next_start_goes_on(checkout, server):
+    none = rewrite(FINISH, FINISH.replace("steps=step", "steps=0"), description="none")
+    llm(checkout, server, none, tag="t")
+    llm(checkout, server, scored(1.2), experiments=1)
+    assert facts(checkout, "id", "steps")[1] == "0002 0" and len(checkout.rows()) == 3
 
 
 def test_data_that_are_prepared_during_a_session_do_not_mix_with_its_own(checkout, server):
@@ -430,8 +438,12 @@ def test_a_lock_file_of_gits_is_named_and_never_deleted(checkout, server, monkey
         path.touch()
         threading.Thread(target=user, daemon=True).start()
 
-    llm(checkout, server, scored(1.1), after(locking, scored(1.05)), tag="t")
-    assert found == [True] and facts(checkout, "id", "status")[-1] == "0003 keep"
+    def gone():
+        while not found:
+            time.sleep(0.05)
+
+    llm(checkout, server, scored(1.1), after(locking, scored(1.05)), after(gone, scored(1.3)), tag="t")
+    assert found == [True] and facts(checkout, "id", "status")[2:] == ["0003 keep", "0004 discard"]
     assert head(checkout) == commits(checkout)[2] and clean(checkout)
 
 
