@@ -31,19 +31,9 @@ class Checkout:
         return subprocess.run(["git", *args], cwd=self.root, check=True, capture_output=True, text=True).stdout.strip()
 
     def config(self, **more):
-        return agent.Config(
-            **{
-                "root": self.root,
-                "cache": self.cache,
-                "budget_s": 0.03,
-                "proposer": "search",
-                "outage_s": 1.0,
-                "startup_s": 5.0,
-                "sandbox": "off",  # test_tricks.py runs with it
-                "pictures": False,
-                **more,
-            }
-        )
+        usual = {"root": self.root, "cache": self.cache, "budget_s": 0.03, "proposer": "search", "pictures": False}
+        usual |= {"outage_s": 1.0, "startup_s": 5.0, "sandbox": "off"}  # test_tricks.py runs with it
+        return agent.Config(**usual | more)
 
     def session(self, **more):
         return agent.session(self.config(**more))

@@ -590,7 +590,16 @@ def test_the_session_ends_at_its_deadline(checkout):
 @pytest.mark.slow
 def test_time_is_kept_for_the_verification(checkout, server):
     checkout.commit(checkout.text().replace("BPB = None", f"BPB = {BASE_SCORES}"))
-    llm(checkout, server, scored(BEST_SCORES), proposer="mix", experiments=None, hours=15 / 3600, verify=True)
+    llm(
+        checkout,
+        server,
+        scored(BEST_SCORES),
+        proposer="mix",
+        experiments=None,
+        hours=25 / 3600,
+        verify=True,
+        budget_s=0.5,
+    )
     found = facts(checkout, "seed")
     assert found[-6:] == ["101", "101", "102", "102", "103", "103"] and len(found) > 8
 
