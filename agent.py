@@ -644,7 +644,8 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
     if files and len(found + sets) > 1:
         raise EditError("The reply has a whole file and other edits, or two files. Send edits, or one file.")
     if not found + sets:
-        raise EditError("The reply has no edit: no SET line, no SEARCH/REPLACE block, no fenced whole file.")
+        form = "after the description a line that begins with SET, then a hyperparameter's name, = and its new value"
+        raise EditError(f"The reply has no edit. Add one: {form}, or a SEARCH/REPLACE block.")
     return tuple(edit for _, edit in sorted(found + sets))
 
 
@@ -1253,7 +1254,8 @@ def request(s: Session, state: State, running: Job | None = None, ask: str = "")
     before = [f"# The brief (program.md)\n\n{brief}", f"# Facts\n\nScores compare under these: {s.task.conditions}."]
     before += [f"# The best train.py so far\n\n```python\n{state.text}```"]
     now = f"# Now\n\nThe best is {best}; {noise_line(state)}. Propose one experiment that was not tried yet."
-    if numbers := [k for k in knobs(state.text, s.task.preset).values() if type(k.value) in (int, float)]:
+    numbers = [k for k in knobs(state.text, s.task.preset).values() if type(k.value) in (int, float)]
+    if numbers := [k for k in numbers if k.low is not None] or numbers:
         k = (rng := random.Random(state.next_id)).choice(numbers)  # another each time: small models copy what they see
         now += "\n\nAn example of a whole reply, for its form only, not its idea:\n\nHYPOTHESIS: it may be off.\n"
         now += f"EXPECTED: -0.001\nDESCRIPTION: another {k.name}\nSET {k.name} = {moved(k, rng)}"
