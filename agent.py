@@ -390,7 +390,8 @@ def record(s: Session, row: Row, text: str) -> None:
             row = replace(row, text=blobs["train.py"], brief=blobs.get("program.md", "-"))
             values = {"Format": FORMAT} | {key: getattr(row, name) for name, key in TRAILERS.items()}
             lines = [f"{key}: {one_line(str(value))}" for key, value in values.items() if value not in (None, "")]
-            parts = row.description, textwrap.fill(row.hypothesis, 72), "\n".join(lines)
+            told = textwrap.fill(row.hypothesis, 72, break_on_hyphens=False, break_long_words=False)
+            parts = row.description, told, "\n".join(lines)
             commit = git(s.config, "commit-tree", tree, "-p", row.parent, stdin="\n\n".join(filter(None, parts)))
             git(s.config, "update-ref", f"refs/autoresearch/{row.tag}/{row.id}", commit, "")
             return s.screen.say(row_line(s.task, row))
@@ -1274,7 +1275,8 @@ def request(s: Session, state: State, running: Job | None = None, ask: str = "")
 def recent(s: Session, state: State, running: Job | None) -> list[str]:
     """Parts of a request that change with every row: near misses, the last run, what trains now, a dry spell."""
     done, parts = candidates(state.search), []
-    near = [r for r in done if r.status == "discard" and r.score is not None and r.bar == state.bar]
+    best = state.best.commit if state.best else ""
+    near = [r for r in done if r.status == "discard" and r.score is not None and r.parent == best]
     near = sorted(near, key=lambda r: s.task.gain(r.bar, r.score))[:2]
     if last := [diff_of(s, r) for r in dict.fromkeys([*near, *done[-3:]]) if r.status != "keep"]:
         parts.append("# Near misses and last experiments as diffs\n\n" + "\n\n".join(last))
@@ -1609,7 +1611,8 @@ def draw(state: State, path: Path) -> None:
     axes.set_title(f"{state.search[0].tag}: {standing(state)}{''.join(gains)}", fontsize=10)
     axes.set(xlabel="experiment", ylabel=state.task.metric)
     figure.legend(loc="outside lower center", frameon=False, ncols=6)
-    figure.savefig(path)
+    figure.savefig(new := path.with_suffix(".new.png"))
+    os.replace(new, path)
 
 
 def grouped(task: Task, rows: list[Row], name: str, group_of: Callable[[Row], str]) -> str:
@@ -2059,7 +2062,8 @@ def configured(args: argparse.Namespace) -> Config:
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be a positive number")
     key, url = (os.environ.get(f"OPENAI_{name}", "").strip() for name in ("API_KEY", "BASE_URL"))
-    needless = args.status or args.report or args.proposer == "search" or args.verify and not args.hours
+    alone = args.verify and not (args.hours or args.experiments)  # nothing but the verification
+    needless = args.status or args.report or args.proposer == "search" or alone
     if not (key or url) and (args.ask or not needless):
         raise UserError(f"no model is configured. {WAYS_ON}")
     if not re.fullmatch(r"[!-~]*", key):
@@ -2069,8 +2073,7 @@ def configured(args: argparse.Namespace) -> Config:
     cache = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").expanduser().resolve()
     found = {name: value for name, value in vars(args).items() if name in Config.__dataclass_fields__}
     found |= {"model": args.model or os.environ.get("OPENAI_MODEL", ""), "proposer": args.proposer or "llm"}
-    if args.verify and not (args.hours or args.experiments):
-        found |= {"experiments": 0, "proposer": "search"}  # nothing but that
+    found |= {"experiments": 0, "proposer": "search"} if alone else {}
     found |= {"base_url": url or Config.base_url, "api_key": key, "budget_s": args.time_budget}
     return Config(Path(__file__).resolve().parent, cache, **found)
 

@@ -174,6 +174,19 @@ def test_a_baseline_without_a_score_is_recorded_and_ends_the_session(checkout):
     assert facts(checkout, "status", "proposer") == ["crash baseline"]
 
 
+def test_a_hypothesis_and_the_near_misses_come_back_as_they_were(checkout, server):
+    """Though the best has run again since: its mean is another."""
+    checkout.commit(checkout.text().replace("BPB = None", f"BPB = {seeds(s42=1.05, s43=1.054)}"))
+    told = "A low-rank and hyper-connected idea, such as " + "https://example.org/" + "x" * 90 + " has it, may well-do."
+    first, lucky = reply("SET BPB = 1.06", description="near", hypothesis=told), scored(seeds(s42=1.04, s43=1.2))
+    llm(
+        checkout, server, first, scored(1.3), scored(1.31), scored(1.32), lucky, scored(1.33), confirm="always", tag="t"
+    )
+    body = checkout.git("show", "-s", "--format=%B", "refs/autoresearch/t/0002").split("\n\n")[1]
+    assert " ".join(body.split("\n")) == told
+    assert "1.052000" in server.asked(-1) and "0002 discard: near\n" in server.asked(-1)
+
+
 def test_a_run_of_no_steps_is_a_row_and_the_next_start_goes_on(checkout, server):
     none = rewrite(FINISH, FINISH.replace("steps=step", "steps=0"), description="none")
     llm(checkout, server, none, tag="t")
