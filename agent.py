@@ -71,7 +71,7 @@ ROOM_BYTES = 2**30  # of the disk beyond that, for which a run is waited with
 REPAIR_TRIES, USELESS = 2, 20  # a crash goes back to its model; useless replies before the search proposes
 OUTAGE_S, REPLY_S = 180.0, 900.0  # of failures before that; that one reply may take
 LIMITS = ("max_tokens", 32_000), ("max_completion_tokens", 32_000), ("max_tokens", 8_000), ("max_tokens", 2_000)
-REQUEST_CHARS = 120_000  # that a request may have at first; above, how the length of a reply may be limited, in tokens
+REQUEST_CHARS = 120_000  # that a request may have at first; LIMITS: of a reply, one after another as they are refused
 STUCK_ROWS, NOTES_ROWS = 8, 10  # without a keep before the question changes; between two notes of the model
 DIFF_CHARS, DIFFS_CHARS, ROWS_CHARS = 4_000, 12_000, 44_000  # that a request shows of one diff, of all keeps', of rows
 MAX_TEXT, MAX_LITERAL = 100_000, 4_000  # characters of a train.py, of one of its strings
@@ -139,7 +139,9 @@ Knob = namedtuple("Knob", "name value low high span")  # a hyperparameter of tra
 Noise = namedtuple("Noise", "sd repeats")  # standard deviation of one run's score over seeds; how many tell of it
 Gain = namedtuple("Gain", "mean low high")  # by how much the best is better than the baseline, and its 95 % interval
 Ended = namedtuple("Ended", "handed_s killed code blame")  # of a child: see watch()
-Reply = namedtuple("Reply", "text tokens cut")  # of a model; of its prompt as the server counts; whether by its limit
+Reply = namedtuple(
+    "Reply", "text chars tokens cut"
+)  # of a model; of its request, in tokens as the server counts; cut off
 # What a run gave. status: "", crash, invalid, void (the machine's fault, run again); blocks: of its score, by split;
 # measured: columns of its row
 Result = namedtuple("Result", "status reason blocks measured", defaults=("", "", {}, {}))
@@ -254,6 +256,8 @@ class Row:
 
 
 TRAILERS = {f.name: f.name.replace("_", "-").title() for f in fields(Row)[5:]}
+KINDS = {"str": str, "int": lambda text: int(float(text)), "float": float}  # of a trailer's text
+KINDS = {f.name: KINDS[f.type.split(" ")[0]] for f in fields(Row)[5:]}
 
 
 STOP = threading.Event()  # set by Ctrl-C and SIGTERM
@@ -330,9 +334,9 @@ def git(config: Config, *args: str, stdin: str = "", default: str | None = None,
 
 
 @lru_cache(maxsize=1000)
-def file_at(config: Config, commit: str, name: str = "train.py") -> str:
-    """A file of the checkout as a commit has it, to the last newline. Raises OSError."""
-    return git(config, "cat-file", "blob", f"{commit}:./{name}", raw=True)
+def file_at(config: Config, commit: str) -> str:
+    """The train.py of a commit, to the last newline. Raises OSError."""
+    return git(config, "cat-file", "blob", f"{commit}:./train.py", raw=True)
 
 
 def entries(config: Config, *args: str) -> dict[str, tuple[str, str]]:
@@ -346,12 +350,8 @@ def parse_row(commit: str, parent: str, text: str) -> Row | None:
     head, _, trailers = text.strip().rpartition("\n\n")
     description, _, hypothesis = head.partition("\n\n")
     values = dict(re.findall(r"^([A-Z][\w-]*): (.*)$", trailers, re.M))
-    kinds = {
-        f.name: {"str": str, "int": lambda v: int(float(v)), "float": float}[f.type.split(" ")[0]]
-        for f in fields(Row)[5:]
-    }
     with contextlib.suppress(ValueError):
-        found = {name: kinds[name](values[key]) for name, key in TRAILERS.items() if key in values}
+        found = {name: KINDS[name](values[key]) for name, key in TRAILERS.items() if key in values}
         if values.get("Format") == FORMAT and found.get("id", "").isdigit():
             return Row(description, one_line(hypothesis), (), commit, parent, **found)
     return None
@@ -421,14 +421,15 @@ def settle(s: Session, state: State) -> State:
     write_whole(s.config.root / "results.tsv", table(s.task, state.rows))
     if read_text(s.runs / "best" / "train.py") != state.text:
         strip(s.runs / "best")
-        if state.best and (s.runs / state.best.id / "checkpoint.pt").exists():
-            (s.runs / "best").symlink_to(state.best.id)
+        runs = (r.id for r in reversed(state.mine) if state.best and r.text == state.best.text)
+        if run := next((id for id in runs if (s.runs / id / "checkpoint.pt").exists()), ""):
+            (s.runs / "best").symlink_to(run)
     head = git(s.config, "symbolic-ref", "-q", "--short", "HEAD", default="no branch")
-    why, views = foreign(s, state)
+    why, views, staged = foreign(s, state)
     why = why if head == s.branch else f"the checkout is on {head}. To go on with it: git checkout {s.branch}"
     if not why:
         try:
-            move(s, state, views)
+            move(s, state, views, staged)
         except OSError as error:  # such as for a lock
             why = str(error)
     if why:
@@ -436,9 +437,9 @@ def settle(s: Session, state: State) -> State:
     return state
 
 
-def move(s: Session, state: State, views: set[str]) -> None:
+def move(s: Session, state: State, views: set[str], staged: dict[str, tuple[str, str]]) -> None:
     """Bring train.py, the branch and the index to where they belong. Raises OSError."""
-    target, staged = entries(s.config, "ls-tree", state.stand), entries(s.config, "ls-files", "-s")
+    target = entries(s.config, "ls-tree", state.stand)
     if git(s.config, "hash-object", "--", "train.py", default="") != target["train.py"][1]:
         text = git(s.config, "cat-file", "--filters", f"{state.stand}:./train.py", raw=True)  # with the line ends set
         write_whole(s.config.root / "train.py", text)
@@ -452,14 +453,14 @@ def move(s: Session, state: State, views: set[str]) -> None:
         git(s.config, "reset", "-q", "--", *stale)
 
 
-def foreign(s: Session, state: State) -> tuple[str, set[str]]:
-    """Why the checkout's train.py is the user's own, empty where it is not, or is missing; the blobs that are views."""
+def foreign(s: Session, state: State) -> tuple[str, set[str], dict[str, tuple[str, str]]]:
+    """Why the checkout's train.py is the user's own, empty where it is not, or missing; blobs of views; what is staged."""
     views = {blob for _, blob in entries(s.config, "ls-tree", state.root).values()}
     views |= {blob for r in state.mine for blob in (r.text, r.brief)}
-    here = git(s.config, "hash-object", "--", "train.py", default="")
-    staged = entries(s.config, "ls-files", "-s").get("train.py", ("", here))[1]
+    here, staged = git(s.config, "hash-object", "--", "train.py", default=""), entries(s.config, "ls-files", "-s")
     put = "Commit it (git commit train.py -m mine), or put it away (git stash push train.py)"
-    return "" if {here, staged} - {""} <= views else f"train.py is changed and not committed. {put}", views
+    why = f"train.py is changed and not committed. {put}"
+    return "" if {here, staged.get("train.py", ("", here))[1]} - {""} <= views else why, views, staged
 
 
 def read_text(path: Path, errors: str = "surrogateescape") -> str:
@@ -1106,13 +1107,11 @@ def train(s: Session, folder: Path, seed: int) -> Result:
         status, reason = "invalid", late
     if blame := end.blame or busy(s, FREE_BYTES if reason else 0):
         return Result("void", blame)
-    steps, tokens, memory_mb = (number(folder / "facts.json", name) for name in ("steps", "tokens", "peak_vram_mb"))
-    found = {
-        "train_s": end.handed_s,
-        "memory_gb": (memory_mb or 0.0) / 1024,
-        "steps": None if steps is None else int(steps),
-    }
-    return Result(status, reason, {}, found | {"tokens_M": tokens and tokens / 1e6})
+    facts = read_facts(folder / "facts.json")
+    steps, tokens, memory_mb = (number(facts, name) for name in ("steps", "tokens", "peak_vram_mb"))
+    measured = {"train_s": end.handed_s, "memory_gb": (memory_mb or 0.0) / 1024}
+    measured |= {"steps": None if steps is None else int(steps), "tokens_M": tokens and tokens / 1e6}
+    return Result(status, reason, {}, measured)
 
 
 def score(s: Session, folder: Path, split: str) -> Result:
@@ -1121,11 +1120,12 @@ def score(s: Session, folder: Path, split: str) -> Result:
     args = [str(s.config.root / "prepare.py"), "score", ".", "--split", split]
     end = run_child(s, log, args, (120.0, SCORING_S), secret, s.task.judged.get(split, ()))
     take(folder, "score-cache", (name,))
-    found, value = read_facts(folder / name), number(folder / name, "score")
+    found = read_facts(folder / name)
     if read_facts(s.task.folder / "meta.json").get("fingerprint") != s.task.fingerprint:
         raise UserError("the data were prepared anew while the session ran. Start again")
     if isinstance(found.get("invalid"), str):
         return Result("invalid", one_line(found["invalid"])[:200])
+    value = number(found, "score")
     honest = found.get("secret") == secret and value is not None and (value > 0 or not s.task.lower_is_better)
     if honest and not end.killed and end.code == 0:
         return Result(blocks={split: found.get("blocks") or [value]}, measured={"score": value})
@@ -1196,9 +1196,9 @@ def read_facts(path: Path) -> dict:
     return {}
 
 
-def number(path: Path, name: str) -> float | None:
+def number(facts: dict, name: str) -> float | None:
     """A finite number out of facts that nobody vouches for."""
-    value = read_facts(path).get(name)
+    value = facts.get(name)
     return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else None
 
 
@@ -1388,11 +1388,16 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
     parts = (getattr(choice.message, name, None) for name in ("content", "reasoning_content", "reasoning"))
     texts = ("".join(str(p.get("text") or "") for p in part) if isinstance(part, list) else part for part in parts)
     text = next((text for text in texts if text and text.strip()), "").encode("utf-8", "replace").decode()
-    sizes = sum(len(m["content"]) for m in messages) // 4, len(text) // 4
+    sizes = size_of(messages) // 4, len(text) // 4
     counted = [getattr(answer.usage, f"{name}_tokens", None) for name in ("prompt", "completion", "total")]
     s.tokens += counted[2] or sum(one or size for one, size in zip(counted, sizes))
     s.slowest_s = max(s.slowest_s, time.monotonic() - began)
-    return Reply(text, counted[0] or 0, choice.finish_reason == "length")
+    return Reply(text, size_of(messages), counted[0] or 0, choice.finish_reason == "length")
+
+
+def size_of(messages: list[dict]) -> int:
+    """Characters of a request."""
+    return sum(len(m["content"]) for m in messages)
 
 
 def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], log: Path, future: Future) -> Reply:
@@ -1408,7 +1413,7 @@ def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], 
             return reply
         except NoReply as error:
             keep_exchange(log, [{"role": "no reply", "content": str(error)}])
-            size, status = sum(len(m["content"]) for m in messages), error.status
+            size, status = size_of(messages), error.status
             if status in (400, 402, 422) and any(str(part) in str(error) for limit in s.limits[:1] for part in limit):
                 s.limits = s.limits[1:]
                 continue
@@ -1467,9 +1472,8 @@ def converse(s: Session, about: Callable, log: Path, base: str, tried: dict[str,
             guard(apply_edits(base, row.edits, s.task.preset), base, tried, s.task.required, s.config.guard)
             return replace(row, model=s.model, refused=refused or None, llm_tokens=s.tokens - spent)
         except EditError as error:
-            size = sum(len(m["content"]) for m in about())
-            if first and 0 < reply.tokens * 6 < size > 8000:
-                cut = f"perhaps the server cuts the prompt to {reply.tokens} tokens, of about {size // 4}"
+            if first and 0 < reply.tokens * 6 < reply.chars > 8000:
+                cut = f"perhaps the server cuts the prompt to {reply.tokens} tokens, of about {reply.chars // 4}"
                 raise NoReply(f"{cut}. A longer context may help (Ollama: OLLAMA_CONTEXT_LENGTH=32768)") from None
             s.screen.say(f"      refused before training: {one_line(str(error))[:160]}")
             lesson = f"{error}\n\nNothing was run. Send the whole reply again, every edit of it, in the same form."
@@ -1858,14 +1862,12 @@ def judge(s: Session, state: State, job: Job, result: Result) -> Row:
 
 
 def conclude(s: Session, state: State, job: Job, row: Row) -> None:
-    """Make best/ the folder of the best's run, strip the others. Raises UserError where going on is no use."""
-    folder, best = s.runs / row.id, s.runs / "best"
-    if row.score is not None and (row.status == "keep" or job.text == state.text and not best.exists()):
-        strip(best)
+    """Strip a run's folder, unless best/ is to be it. Raises UserError where going on is no use."""
+    folder = s.runs / row.id
+    if row.score is not None and (row.status == "keep" or job.text == state.text and not (s.runs / "best").exists()):
         for name in ("tokenizer.json", "meta.json"):  # with them the model can be used anywhere
             with contextlib.suppress(FileNotFoundError):
                 shutil.copyfile(s.task.folder / name, folder / name)
-        best.symlink_to(row.id)
     else:
         strip(folder)
     see = f"({row.reason}): see runs/{row.tag}/{row.id}/run.log"

@@ -47,9 +47,8 @@ class Checkout:
 
     def run(self, *args, **env):
         """agent.py as a process, its output in a pipe."""
-        return subprocess.run(
-            self.command(*args), cwd=self.root, env=self.env(**env), capture_output=True, text=True, timeout=120
-        )
+        options = {"cwd": self.root, "env": self.env(**env), "capture_output": True, "text": True, "timeout": 120}
+        return subprocess.run(self.command(*args), **options)
 
     def trailers(self, id, tag=None):
         """The trailers of a row's commit as a dict."""

@@ -249,7 +249,7 @@ def test_a_refused_limit_of_the_reply_is_renamed_then_made_smaller_and_that_is_r
 
 
 @pytest.mark.parametrize("words", ["System role not supported", "Conversation roles must alternate user/assistant"])
-def test_a_refused_system_message_goes_into_the_users_once_and_remembered(checkout, server, words, request):
+def test_a_refused_system_message_goes_into_the_users_once_and_remembered(checkout, server, words):
     refuse = lambda body: error(400, words) if body["messages"][0]["role"] == "system" else idea(1)  # noqa: E731
     llm(checkout, server, refuse, refuse, "nothing", idea(2), experiments=3)
     assert proposers(checkout) == "baseline llm llm" and len(server.requests) == 4
@@ -383,10 +383,8 @@ def test_a_crash_goes_back_with_diff_and_log_and_is_one_row(checkout, server):
     llm(checkout, server, first, second, experiments=2)
     crash = server.asked(1)
     assert "+    step = None + 1" in crash and "> before the fall" in crash and "TypeError" in crash
-    last = checkout.rows()[1:]
-    assert [(row["status"], row["description"], row["llm_tokens"]) for row in last] == [
-        ("discard", "second try", "200")
-    ]
+    (row,) = checkout.rows()[1:]
+    assert (row["status"], row["description"], row["llm_tokens"]) == ("discard", "second try", "200")
     folder = checkout.root / "runs" / "t" / "0002"
     names = ("crash1-train.py", "crash1-run.log", "train.py", "llm.md")
     crashed, log, mended, exchange = ((folder / name).read_text() for name in names)
@@ -465,10 +463,8 @@ def lengthen(checkout, count):
             about = re.sub(rf"^{name}: .*$", f"{name}: {to}", about, flags=re.M)
         body = text + "".join(f"# remark {i} {k} of the model, which likes to talk at length\n" for k in range(size))
         about, body = (f"data {len(part.encode())}\n{part}\n" for part in (about, body))
-        stream.append(
-            f"commit refs/autoresearch/t/{i:04d}\ncommitter u <u@u> 1700000000 +0000\n{about}from {base[1]}\n"
-        )
-        stream.append(f"M 100644 inline train.py\n{body}")
+        stream.append(f"commit refs/autoresearch/t/{i:04d}\ncommitter u <u@u> 1700000000 +0000\n{about}")
+        stream.append(f"from {base[1]}\nM 100644 inline train.py\n{body}")
     subprocess.run(["git", "fast-import", "--quiet"], cwd=checkout.root, input="".join(stream), text=True, check=True)
 
 

@@ -43,9 +43,8 @@ def is_whole(checkout):
     """The record and its views agree, and nothing is half done."""
     refs, rows = checkout.refs(), checkout.rows()
     assert sorted(ref.rsplit("/", 1)[1] for ref in refs) == sorted(row["id"] for row in rows)
-    assert checkout.git("status", "--porcelain") in ("", "M results.tsv") and not list(
-        checkout.root.glob("runs/*/*/work")
-    )
+    assert checkout.git("status", "--porcelain") in ("", "M results.tsv")
+    assert not list(checkout.root.glob("runs/*/*/work"))
     assert checkout.git("fsck", "--no-dangling") == ""
     return rows
 
@@ -218,12 +217,8 @@ def test_no_space_left_loses_no_experiment(checkout, tmp_path):
 @pytest.mark.slow
 def test_a_gpu_in_use_by_others_voids_a_run_and_is_waited_for(checkout, server, tmp_path, monkeypatch, capsys):
     """nvidia-smi is a stand-in that prints a file; the run itself lets it be taken, once."""
-    state, tool, free, taken = (
-        tmp_path / "gpu",
-        tmp_path / "nvidia-smi",
-        "Stand-in, 300, 24000",
-        "Stand-in, 9000, 24000",
-    )
+    state, tool = tmp_path / "gpu", tmp_path / "nvidia-smi"
+    free, taken = (f"Stand-in, {used}, 24000" for used in (300, 9000))
     tool.write_text(f"#!/bin/sh\nexec cat {state}\n")
     tool.chmod(0o755)
     state.write_text(free)
