@@ -50,10 +50,10 @@ from pathlib import Path
 from statistics import fmean
 from urllib.parse import urlsplit
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Constants
+# ---- Constants -------------------------------------------------------------------------------------------------------
 
 FORMAT, META_FORMAT = "2", 2  # of a row's commit, of the folder that prepare.py fills
+FLAG = argparse.BooleanOptionalAction
 BROKE_A_RULE = 3  # exit status of a run or a scorer that found the model dishonest; its last line says how
 SEED, CONFIRM_SEED = 42, 43  # of every candidate's first run, of its confirmation
 VERIFY_SEEDS, VERIFY_HOURS = (101, 102, 103), 4.0  # used by nothing else; sessions of this length end with them
@@ -61,11 +61,7 @@ REPEAT_S, REPEAT_RUNS = 7200.0, 24  # after this long, and so many budgets, the 
 STARTUP_S, SCORING_S = 900.0, 600.0  # limits: of a run before its clock, of a scorer
 LATE_S, KILL_S = 5.0, 10.0  # besides a share of the budget: when a checkpoint is late, when a run is killed
 POLL_S, LOOK_S, WAIT_S = 0.1, 1.0, 5.0  # between two looks: for an end, at what a run uses, at a busy machine
-LOG_BYTES, TMP_BYTES, PROCESSES = (
-    4 * 2**20,
-    2**30,
-    1000,
-)  # that a run may print, write into /tmp and into /dev/shm, start
+LOG_BYTES, TMP_BYTES, PROCESSES = 4 * 2**20, 2**30, 1000  # that a run may print, write to /tmp and /dev/shm, start
 FREE_BYTES, FREE_FILES, FREE_SHARE = 2**30, 10_000, 0.03  # of the disk, of memory: a run that leaves less is killed
 ROOM_BYTES = 2**30  # of the disk beyond that, for which a run is waited with
 REPAIR_TRIES, USELESS = 2, 20  # a crash goes back to its model; useless replies before the search proposes
@@ -124,24 +120,15 @@ see this record, but not what you make of it. At most 60 lines, under four headi
 by how much, whether that is more than the noise), `## Failed` (and why), `## Untested` (what the record leaves open),
 `## Ideas` (at most ten, the most promising first, none that was tried; each with its reason and what would refute it).
 """
-TACTICS = (
-    "Constants have stopped paying. Propose a change of structure: of the model, the optimizer or the loop, by blocks.",
-    "Combine two experiments that missed by little, or what is good in them, into one.",
-    "Take back the keep that gained least, or put something simpler in its place.",
-    "Leave an earlier keep in another direction than the keeps since: undo what those did, and try something else.",
-)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Types
+# ---- Types -----------------------------------------------------------------------------------------------------------
 
 Edit = namedtuple("Edit", "kind old new")  # set (name, value), block (old lines, new lines) or file ("", the text)
 Knob = namedtuple("Knob", "name value low high span")  # a hyperparameter of train.py; where its literal stands
 Noise = namedtuple("Noise", "sd repeats")  # standard deviation of one run's score over seeds; how many tell of it
 Gain = namedtuple("Gain", "mean low high")  # by how much the best is better than the baseline, and its 95 % interval
 Ended = namedtuple("Ended", "handed_s killed code blame")  # of a child: see watch()
-Reply = namedtuple(
-    "Reply", "text chars tokens cut"
-)  # of a model; of its request, in tokens as the server counts; cut off
+Reply = namedtuple("Reply", "text chars tokens cut")  # chars, tokens: of its request; cut: off, by the limit
 # What a run gave. status: "", crash, invalid, void (the machine's fault, run again); blocks: of its score, by split;
 # measured: columns of its row
 Result = namedtuple("Result", "status reason blocks measured", defaults=("", "", {}, {}))
@@ -170,25 +157,33 @@ class NoReply(Exception):
         self.status, self.wait_s = status, wait_s
 
 
+def option(default: object, told: str, **how: object) -> object:
+    """A field of Config that is an option of the command line, where it is told so."""
+    return field(default=default, metadata={"help": told, **how})
+
+
 @dataclass(frozen=True)
 class Config:
-    """What one session is started with."""
+    """What one session is started with: the options of the command line, and what surrounds it."""
 
     root: Path  # the folder of train.py, prepare.py, program.md and results.tsv
-    cache: Path
-    tag: str = ""
-    hours: float | None = None
-    experiments: int | None = None
-    proposer: str = "llm"  # llm, search or mix
-    model: str = ""
+    cache: Path  # of prepare.py's folders
+    hours: float | None = option(None, "end after this long; default: until Ctrl-C", type=float, metavar="H")
+    experiments: int | None = option(None, "end after N rows, the baseline counted", type=int, metavar="N")
+    tag: str = option("", "name of the branch autoresearch/TAG; default: today, like nov21")
+    proposer: str = option("llm", "who proposes; mix alternates; default: llm", choices=("llm", "search", "mix"))
+    model: str = option("", "default: $OPENAI_MODEL, else the endpoint's only model")
+    time_budget: float | None = option(None, "seconds of training; default: the task's", type=float, metavar="S")
+    max_llm_tokens: int | None = option(None, "after N tokens the search goes on alone", type=int, metavar="N")
+    prefetch: bool | None = option(None, "ask while a run trains; default: where the model runs elsewhere", action=FLAG)
+    confirm: str = option("auto", "keeps on a second seed; default: auto", choices=("always", "auto", "never"))
+    verify: bool | None = option(None, "end with three fresh seeds; default: with 4 hours or more", action=FLAG)
+    sandbox: str = option("auto", "default: auto, where there can be one", choices=("auto", "require", "off"))
+    status: bool = option(False, "print what the record says so far, and end", action="store_true")
+    report: bool = option(False, "write runs/TAG/report.md from the record, and print it", action="store_true")
+    ask: bool = option(False, "print one request to the model and its reply, train nothing", action="store_true")
     base_url: str = "https://api.openai.com/v1"
-    api_key: str | None = None
-    budget_s: float | None = None  # of training, from the hand-over of the data; None: the task's
-    max_llm_tokens: int | None = None
-    prefetch: bool | None = None  # None: where the model's server is another machine
-    confirm: str = "auto"  # always, auto or never
-    verify: bool | None = None  # None: in sessions of VERIFY_HOURS or more
-    sandbox: str = "auto"  # auto, require or off
+    api_key: str = ""
     pictures: bool = True
     guard: bool = True  # without, the tests see what stands behind it
     startup_s: float = STARTUP_S
@@ -280,8 +275,10 @@ class Session:
     chars: int = REQUEST_CHARS  # that a request may have
     limits: tuple = LIMITS  # of a reply's length that the server has not refused yet
     has_system: bool = True  # the server takes a system message; else it goes into the first one of the user
+    streams: bool = True  # the server has not refused to send a reply as it comes
     slowest_s: float = 0.0  # of its replies; 0: none yet
     asked_at: float = 0.0  # of time.monotonic, the request in flight
+    heard: int = 0  # characters of its reply that have come
     tokens: int = 0  # spent
     asked: Future | None = None  # of a proposal
     ready: Row | None = None  # the next proposal, before its turn
@@ -315,8 +312,7 @@ class Session:
             time.sleep(min(left_s, POLL_S))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The record: git refs are the only truth, and everything else is a view of them
+# ---- The record: git refs are the only truth, and everything else is a view of them ----------------------------------
 
 
 def git(config: Config, *args: str, stdin: str = "", default: str | None = None, raw: bool = False, **env: str) -> str:
@@ -424,33 +420,27 @@ def settle(s: Session, state: State) -> State:
         runs = (r.id for r in reversed(state.mine) if state.best and r.text == state.best.text)
         if run := next((id for id in runs if (s.runs / id / "checkpoint.pt").exists()), ""):
             (s.runs / "best").symlink_to(run)
-    head = git(s.config, "symbolic-ref", "-q", "--short", "HEAD", default="no branch")
-    why, views, staged = foreign(s, state)
-    why = why if head == s.branch else f"the checkout is on {head}. To go on with it: git checkout {s.branch}"
-    if not why:
-        try:
-            move(s, state, views, staged)
-        except OSError as error:  # such as for a lock
-            why = str(error)
-    if why:
-        s.screen.say(f"      {why}; experiments go on meanwhile, branch and checkout wait")
+    try:
+        head = git(s.config, "symbolic-ref", "-q", "--short", "HEAD", default="no branch")
+        why, views, staged = foreign(s, state)
+        why = why if head == s.branch else f"the checkout is on {head}. To go on with it: git checkout {s.branch}"
+        if why:
+            raise OSError(why)
+        target = entries(s.config, "ls-tree", state.stand)
+        if git(s.config, "hash-object", "--", "train.py", default="") != target["train.py"][1]:
+            text = git(s.config, "cat-file", "--filters", f"{state.stand}:./train.py", raw=True)  # its line ends set
+            write_whole(s.config.root / "train.py", text)
+        if state.tip != state.stand:
+            if state.best is not state.mine[-1] or s.stood != state.tip:  # else it is a new keep
+                s.screen.say(f"      {s.branch} stood at {state.tip[:7]}, and goes to the best, {state.stand[:7]}.")
+                s.screen.say("      To take a keep back: git checkout HEAD~1 -- train.py && git commit -m back")
+            git(s.config, "update-ref", f"refs/heads/{s.branch}", state.stand, state.tip)
+        s.stood = state.stand
+        if stale := [name for name, entry in staged.items() if entry[1] in views and entry != target.get(name)]:
+            git(s.config, "reset", "-q", "--", *stale)
+    except OSError as error:  # also for a lock
+        s.screen.say(f"      {error}; experiments go on meanwhile, branch and checkout wait")
     return state
-
-
-def move(s: Session, state: State, views: set[str], staged: dict[str, tuple[str, str]]) -> None:
-    """Bring train.py, the branch and the index to where they belong. Raises OSError."""
-    target = entries(s.config, "ls-tree", state.stand)
-    if git(s.config, "hash-object", "--", "train.py", default="") != target["train.py"][1]:
-        text = git(s.config, "cat-file", "--filters", f"{state.stand}:./train.py", raw=True)  # with the line ends set
-        write_whole(s.config.root / "train.py", text)
-    if state.tip != state.stand:
-        if state.best is not state.mine[-1] or s.stood != state.tip:  # else it is a new keep
-            s.screen.say(f"      {s.branch} stood at {state.tip[:7]}, and goes to the best, {state.stand[:7]}.")
-            s.screen.say("      To take a keep back: git checkout HEAD~1 -- train.py && git commit -m back")
-        git(s.config, "update-ref", f"refs/heads/{s.branch}", state.stand, state.tip)
-    s.stood = state.stand
-    if stale := [name for name, entry in staged.items() if entry[1] in views and entry != target.get(name)]:
-        git(s.config, "reset", "-q", "--", *stale)
 
 
 def foreign(s: Session, state: State) -> tuple[str, set[str], dict[str, tuple[str, str]]]:
@@ -485,8 +475,7 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The text of train.py: what a reply says, edits, guard, search
+# ---- The text of train.py: what a reply says, edits, guard, search ---------------------------------------------------
 
 
 def one_line(text: str) -> str:
@@ -776,19 +765,13 @@ def search_proposal(text: str, preset: str, key: str, tried: dict[str, Row], req
     raise UserError("the search finds no untried step: train.py needs lines `NAME = number  # what [low, high]`")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Belief: what the record says, and how far a number of it can be believed
+# ---- Belief: what the record says, and how far a number of it can be believed ----------------------------------------
 
 
 def candidates(rows: tuple[Row, ...]) -> list[Row]:
     """What was proposed, each by its last verdict: a confirmation stands for what it confirms."""
     found = {(r.tag, r.repeats or r.id): r for r in rows if r.status != "verify" and r.proposer != "baseline"}
     return list(found.values())
-
-
-def last_while(rows: list[Row], condition: Callable[[Row], bool]) -> int:
-    """How many of the last rows in a row are so."""
-    return sum(1 for _ in itertools.takewhile(condition, reversed(rows)))
 
 
 def squares(groups: list[list[float]]) -> tuple[float, int]:
@@ -938,8 +921,7 @@ def interval(gain: Gain) -> str:
     return f"{gain.mean:.4f} (95 % interval {gain.low:.4f} to {gain.high:.4f})"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The sandbox, and what runs in it
+# ---- The sandbox, and what runs in it --------------------------------------------------------------------------------
 
 
 def find_sandbox(s: Session) -> None:
@@ -1237,8 +1219,7 @@ def strip(folder: Path) -> None:
         folder.unlink()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The model: a future of a proposal, made in a thread of its own from a frozen state
+# ---- The model: a future of a proposal, made in a thread of its own from a frozen state ------------------------------
 
 
 def request(s: Session, state: State, running: Job | None = None, ask: str = "") -> list[dict]:
@@ -1246,7 +1227,7 @@ def request(s: Session, state: State, running: Job | None = None, ask: str = "")
 
     running: the experiment that trains meanwhile. ask: what is asked for in place of a proposal.
     """
-    brief, role = brief_of(s, state, bool(running))
+    brief, role, stuck = brief_of(s, state, bool(running))
     keeps = tuple(diff_of(s, r) for r in state.search if r.status == "keep" and r.proposer != "baseline")
     rows = tuple(f"{r.tag}/{row_line(s.task, r)}" for r in state.history) or ("none: the baseline is next",)
     notes, best = read_text(s.runs / "notes.md", "replace")[:8000], "not measured yet"
@@ -1260,7 +1241,7 @@ def request(s: Session, state: State, running: Job | None = None, ask: str = "")
         k = (rng := random.Random(state.next_id)).choice(numbers)  # another each time: small models copy what they see
         now += "\n\nAn example of a whole reply, for its form only, not its idea:\n\nHYPOTHESIS: it may be off.\n"
         now += f"EXPECTED: -0.001\nDESCRIPTION: another {k.name}\nSET {k.name} = {moved(k, rng)}"
-    after = recent(s, state, running)
+    after = [*recent(s, state, running), *stuck]
     after += [f"# Your role this time: {role[0]}\n\n{role[1]}"] if role[1] else []
     room = s.chars - sum(map(len, (*before, notes, *after, ask or now)))
     keeps = newest(keeps, min(DIFFS_CHARS, room // 4), 1)
@@ -1288,19 +1269,21 @@ def recent(s: Session, state: State, running: Job | None) -> list[str]:
     if running:
         text = "This trains while you answer. If it is kept, your edits are applied to its train.py."
         parts.append(f"# Running now\n\n{text}\n\n{diff(state.text, running.text)}")
-    if (missed := last_while(done, lambda r: r.status != "keep")) >= STUCK_ROWS:
-        parts.append(f"# Nothing was kept for {missed} experiments\n\n{TACTICS[missed % len(TACTICS)]}")
     return parts
 
 
-def brief_of(s: Session, state: State, ahead: bool) -> tuple[str, tuple[str, str]]:
-    """program.md without its roles; the role whose turn it is, and what is said to it."""
-    program = read_text(s.config.root / "program.md", "replace")
-    parts = re.split(r"^(?=##?[ \t])", program, flags=re.M)  # a role goes up to the next heading of its rank
-    roles = [(m[1].strip()[:30], m[2].strip()) for p in parts if (m := re.match(r"## Role:(.+)\n([^\0]*)", p, re.I))]
-    common = "".join(part for part in parts if not re.match(r"## Role:", part, re.I))
-    turn = sum(r.proposer == "llm" or bool(r.instead) for r in candidates(state.search)) + ahead
-    return common, roles[turn % len(roles)] if roles else ("generalist", "")
+def brief_of(s: Session, state: State, ahead: bool) -> tuple[str, tuple[str, str], list[str]]:
+    """program.md without its roles and ways on; the role whose turn it is, name and text; a way on in a dry spell."""
+    done, turns = candidates(state.search), {"role": [], "stuck": [], "": []}
+    for part in re.split(r"^(?=##?[ \t])", read_text(s.config.root / "program.md", "replace"), flags=re.M):
+        kind, name, text = re.fullmatch(r"(?:## (Role|Stuck):(.*)\n)?([^\0]*)", part, re.I).groups("")
+        turns[kind.lower()].append((name.strip()[:30], text.strip() if kind else text))
+    turn = sum(r.proposer == "llm" or bool(r.instead) for r in done) + ahead
+    role = turns["role"][turn % len(turns["role"])] if turns["role"] else ("generalist", "")
+    missed = sum(1 for _ in itertools.takewhile(lambda r: r.status != "keep", reversed(done)))
+    stuck = [turns["stuck"][missed % len(turns["stuck"])][1]] if turns["stuck"] and missed >= STUCK_ROWS else []
+    stuck = [f"# Nothing was kept for {missed} experiments\n\n{text}" for text in stuck]
+    return "".join(text for _, text in turns[""]), role, stuck
 
 
 def newest(texts: tuple[str, ...], chars: int, least: int) -> tuple[str, ...]:
@@ -1368,31 +1351,58 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
     """One request. Raises NoReply."""
     import openai
 
+    http = sys.modules[openai.DefaultHttpxClient.__base__.__module__.partition(".")[0]]  # httpx, by now httpx2
     if not s.has_system:
         first = "\n\n".join(m["content"] for m in messages[:2])
         messages = [{"role": "user", "content": first}, *messages[2:]]
-    began = s.asked_at = time.monotonic()
+    how = {"stream": True, "stream_options": {"include_usage": True}} if s.streams else {}
+    began, s.heard = time.monotonic(), 0
+    s.asked_at = began
     try:
         with client(s.config, s.reply_s) as asking:
-            answer = asking.chat.completions.create(model=s.model, messages=messages, **dict(s.limits[:1]))
-        choice = (answer.choices or [None])[0]
-        error = getattr(choice, "error", None) or getattr(answer, "error", None)  # some answer 200 with it
+            asked = asking.chat.completions.with_streaming_response
+            with asked.create(model=s.model, messages=messages, **how, **dict(s.limits[:1])) as response:
+                answer = whole_answer(s, response)
+        choice = (answer.get("choices") or [{}])[0]
+        error = choice.get("error") or answer.get("error")  # some answer 200 with it
         status = int(error["code"]) if isinstance(error, dict) and str(error.get("code")).isdigit() else 500
-    except (openai.OpenAIError, *NO_SERVER) as odd:
-        status = getattr(odd, "status_code", 0 if isinstance(odd, openai.APIConnectionError) else -1)
+        message, usage = choice.get("message") or {}, answer.get("usage") or {}
+    except (openai.OpenAIError, http.HTTPError, *NO_SERVER) as odd:
+        unheard = isinstance(odd, (openai.APIConnectionError, http.HTTPError, TimeoutError))
+        status = getattr(odd, "status_code", 0 if unheard else -1)
         wait_s = odd.response.headers.get("retry-after", "") if status > 0 else ""
         what = "no answer of a model, is the URL complete, with /v1? " * (status < 0) + said(s.config, odd)
         raise NoReply(what, status, min(float(wait_s), 86_400.0) if re.fullmatch(r"[\d.]+", wait_s) else 0.0) from None
-    if error or choice is None:
+    if error or not choice:
         raise NoReply(said(s.config, error or "an answer without a reply"), status)
-    parts = (getattr(choice.message, name, None) for name in ("content", "reasoning_content", "reasoning"))
+    parts = (message.get(name) for name in ("content", "reasoning_content", "reasoning"))
     texts = ("".join(str(p.get("text") or "") for p in part) if isinstance(part, list) else part for part in parts)
     text = next((text for text in texts if text and text.strip()), "").encode("utf-8", "replace").decode()
     sizes = size_of(messages) // 4, len(text) // 4
-    counted = [getattr(answer.usage, f"{name}_tokens", None) for name in ("prompt", "completion", "total")]
+    counted = [usage.get(f"{name}_tokens") for name in ("prompt", "completion", "total")]
     s.tokens += counted[2] or sum(one or size for one, size in zip(counted, sizes))
     s.slowest_s = max(s.slowest_s, time.monotonic() - began)
-    return Reply(text, size_of(messages), counted[0] or 0, choice.finish_reason == "length")
+    return Reply(text, size_of(messages), counted[0] or 0, choice.get("finish_reason") == "length")
+
+
+def whole_answer(s: Session, response) -> dict:
+    """A server's answer; one that comes as a stream is put together, and s.heard says how much has come."""
+    if "event-stream" not in response.headers.get("content-type", ""):
+        return dict(json.loads(response.read()))
+    message, found, ended = defaultdict(str), {}, False
+    for line in response.iter_lines():
+        kind, _, data = line.partition(":")
+        ended = ended or data.strip() == "[DONE]"
+        part = {} if ended or kind != "data" else json.loads(data)
+        found |= {name: part[name] for name in ("usage", "error") if part.get(name)}
+        for choice in part.get("choices") or ():
+            for name, text in (choice.get("delta") or {}).items():
+                message[name] += text if isinstance(text, str) else ""
+            s.heard, why = sum(map(len, message.values())), choice.get("finish_reason")
+            found |= {"choices": [{"message": message, "finish_reason": why}]} if why else {}
+        if time.monotonic() - s.asked_at > s.reply_s:
+            raise TimeoutError(f"not at its end after {s.reply_s:.0f} s")
+    return ({"choices": [{"message": message}]} if ended and message else {}) | found  # else it was cut off
 
 
 def size_of(messages: list[dict]) -> int:
@@ -1416,6 +1426,9 @@ def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], 
             size, status = size_of(messages), error.status
             if status in (400, 402, 422) and any(str(part) in str(error) for limit in s.limits[:1] for part in limit):
                 s.limits = s.limits[1:]
+                continue
+            if status in (400, 422, 501) and s.streams and "stream" in str(error):
+                s.streams = False
                 continue
             if status in (400, 422) and s.has_system and re.search("system|role", str(error), re.I):
                 s.has_system = False
@@ -1501,14 +1514,14 @@ def awaited(s: Session, future: Future) -> Row:
     """What the model proposes, waited for as long as is usual for it. Raises NoReply, Over."""
     s.asked_at = time.monotonic()
     while not future.done():
-        s.pause(POLL_S, f"asking {s.model}, {time.monotonic() - s.asked_at:.0f} s")
+        heard = f", {s.heard:,} characters have come" * bool(s.heard)
+        s.pause(POLL_S, f"asking {s.model}, {time.monotonic() - s.asked_at:.0f} s{heard}")
         if time.monotonic() - s.asked_at > s.reply_s + 1 and future.cancel():
             raise NoReply(f"no answer within {s.reply_s:.0f} s")
     return future.result()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a person sees
+# ---- What a person sees ----------------------------------------------------------------------------------------------
 
 STEP = re.compile(r"^step (\d+) \(([\d.]+)%\) \| loss ([-+.\de]+|nan|inf) \|.*? tok/s ([\d,]+)", re.M)
 
@@ -1651,8 +1664,7 @@ def report(s: Session, state: State) -> str:
     return text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop
+# ---- The loop --------------------------------------------------------------------------------------------------------
 
 
 def loop(s: Session) -> None:
@@ -1696,7 +1708,7 @@ def next_job(s: Session, state: State) -> Job | None:
         return Job("baseline", state.text, Row("baseline", proposer="baseline"))
     tried = {r.seed: r for r in state.mine if r.text == best.text}
     seed = next(seed for seed in itertools.count(CONFIRM_SEED) if seed not in {*tried, *VERIFY_SEEDS})
-    if (crashes := last_while(state.mine, lambda r: r.score is None)) >= 3:
+    if (crashes := sum(1 for _ in itertools.takewhile(lambda r: r.score is None, reversed(state.mine)))) >= 3:
         return again(s, "repeat", best, seed, f"after {crashes} runs without a score")
     if doubtful:
         if len(state.scores()[best.text]) < 2 and CONFIRM_SEED not in tried:
@@ -1877,8 +1889,7 @@ def conclude(s: Session, state: State, job: Job, row: Row) -> None:
         raise UserError(f"the best fails too, so it is the machine {see}, put it right, then start again")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A session, and the command line
+# ---- A session, and the command line ---------------------------------------------------------------------------------
 
 
 def open_checkout(config: Config) -> tuple[Config, bool]:
@@ -1904,7 +1915,7 @@ def read_task(config: Config) -> Task | None:
     if meta.get("format") != META_FORMAT or not {"metric", "fingerprint"} <= meta.keys():
         return None
     found = {f.name: tuple(v) if isinstance(v := meta[f.name], list) else v for f in fields(Task) if f.name in meta}
-    task = Task(**found | {"folder": folder, "budget_s": config.budget_s or float(meta.get("budget_s", 300.0))})
+    task = Task(**found | {"folder": folder, "budget_s": config.time_budget or float(meta.get("budget_s", 300.0))})
     cpu = re.findall(r"^model name\s*: (.*)", read_text(Path("/proc/cpuinfo")), re.M) or [platform.machine()]
     device = meta.get("device") == "cuda" and gpu()[0] or f"{cpu[0]} x {os.cpu_count()}"
     better = f"{task.metric} ({'lower' if task.lower_is_better else 'higher'} is better), preset {task.preset}"
@@ -2007,7 +2018,7 @@ def finish(s: Session) -> None:
         s.screen.say(f"the end is not whole ({one_line(str(error))[:200]}); later: python agent.py --report")
 
 
-def show(config: Config, whole: bool) -> int:
+def show(config: Config) -> int:
     """Print the essence, or the report, of the record of --tag, the checkout's tag, or else the last."""
     named, (config, _) = config.tag, open_checkout(config)
     s = Session(config, read_task(config) or Task(Path(), "", "score"), Screen(), "")
@@ -2020,7 +2031,7 @@ def show(config: Config, whole: bool) -> int:
     s.task = replace(s.task, conditions=last.conditions, metric=metric, lower_is_better=lower)
     state = recall(s)
     lines = [f"{s.branch}: {last.conditions}, last row {last.time}", standing(state), believed(state)]
-    print(report(s, state) if whole else "\n".join([*lines, *(row_line(s.task, r) for r in state.mine[-10:])]))
+    print(report(s, state) if config.report else "\n".join([*lines, *(row_line(s.task, r) for r in state.mine[-10:])]))
     return 0
 
 
@@ -2038,28 +2049,12 @@ def show_request(config: Config) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("agent.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = argparse.BooleanOptionalAction
-    p.add_argument("--hours", type=float, metavar="H", help="end after this long; default: until Ctrl-C")
-    p.add_argument("--experiments", type=int, metavar="N", help="end after N rows, the baseline counted")
-    p.add_argument("--tag", default="", help="name of the branch autoresearch/TAG; default: today, like nov21")
-    p.add_argument("--proposer", choices=("llm", "search", "mix"), help="who proposes; mix alternates; default: llm")
-    p.add_argument("--model", default="", help="default: $OPENAI_MODEL, else the endpoint's only model")
-    p.add_argument("--time-budget", type=float, metavar="S", help="seconds of training; default: the task's, 300")
-    p.add_argument("--max-llm-tokens", type=int, metavar="N", help="after N tokens the search goes on alone")
-    p.add_argument("--prefetch", action=flag, help="ask while a run trains; default: where the model runs elsewhere")
-    p.add_argument("--confirm", choices=("always", "auto", "never"), default="auto", help="keeps on a second seed")
-    p.add_argument("--verify", action=flag, help="end with three fresh seeds; default: with 4 hours or more")
-    p.add_argument("--sandbox", choices=("auto", "require", "off"), default="auto", help="auto: where there can be one")
-    p.add_argument("--status", action="store_true", help="print what the record says so far, and end")
-    p.add_argument("--report", action="store_true", help="write runs/TAG/report.md from the record, and print it")
-    p.add_argument("--ask", action="store_true", help="print one request to the model and its reply, train nothing")
-    return p
-
-
-def configured(args: argparse.Namespace) -> Config:
+def configured(argv: list[str] | None) -> Config:
     """The command line and the environment as a Config. Raises UserError where no model is configured."""
+    p = argparse.ArgumentParser("agent.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option in (f for f in fields(Config) if f.metadata):
+        p.add_argument(f"--{option.name.replace('_', '-')}", default=option.default, **option.metadata)
+    args = p.parse_args(argv)
     for name in ("hours", "experiments", "time_budget", "max_llm_tokens"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be a positive number")
@@ -2073,11 +2068,9 @@ def configured(args: argparse.Namespace) -> Config:
     if url and not re.match(r"https?://[\w.\-\[\]:@]+", url):
         raise UserError(f"OPENAI_BASE_URL={url} is no URL; it looks like http://localhost:8000/v1")
     cache = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").expanduser().resolve()
-    found = {name: value for name, value in vars(args).items() if name in Config.__dataclass_fields__}
-    found |= {"model": args.model or os.environ.get("OPENAI_MODEL", ""), "proposer": args.proposer or "llm"}
+    found = vars(args) | {"model": args.model or os.environ.get("OPENAI_MODEL", ""), "api_key": key}
     found |= {"experiments": 0, "proposer": "search"} if alone else {}
-    found |= {"base_url": url or Config.base_url, "api_key": key, "budget_s": args.time_budget}
-    return Config(Path(__file__).resolve().parent, cache, **found)
+    return Config(Path(__file__).resolve().parent, cache, base_url=url or Config.base_url, **found)
 
 
 def stop(*_: object) -> None:
@@ -2088,12 +2081,11 @@ def stop(*_: object) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal does not end a night
     try:
-        config = configured(args)
-        if args.status or args.report or args.ask:
-            return show_request(config) if args.ask else show(config, args.report)
+        config = configured(argv)
+        if config.status or config.report or config.ask:
+            return show_request(config) if config.ask else show(config)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         return session(config)

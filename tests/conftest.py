@@ -31,7 +31,7 @@ class Checkout:
         return subprocess.run(["git", *args], cwd=self.root, check=True, capture_output=True, text=True).stdout.strip()
 
     def config(self, **more):
-        usual = {"root": self.root, "cache": self.cache, "budget_s": 0.03, "proposer": "search", "pictures": False}
+        usual = {"root": self.root, "cache": self.cache, "time_budget": 0.03, "proposer": "search", "pictures": False}
         usual |= {"outage_s": 1.0, "startup_s": 5.0, "sandbox": "off"}  # test_tricks.py runs with it
         return agent.Config(**usual | more)
 
@@ -125,7 +125,7 @@ class Server:
 
     def __init__(self):
         self.script, self.requests, self.models = [], [], ["tiny"]
-        self.heard = []  # of each request, when, and its headers
+        self.heard, self.pause_s = [], 0.0  # of each request, when, and its headers; between the parts of a stream
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -143,13 +143,15 @@ class Server:
                 self.answer(*(step if isinstance(step, tuple) else (200, completion(step))))
 
             def answer(self, status, body, headers=None):
-                data = json.dumps(body).encode()
+                parts = body if isinstance(body, list) else [body if isinstance(body, str) else json.dumps(body)]
+                usual = {"Content-Type": "application/json" if parts is not body else "text/event-stream"}
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+                for name, value in {**usual, **(headers or {})}.items():
                     self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(data)
+                self.end_headers()  # HTTP 1.0: what ends the connection ends the answer
+                for part in parts:
+                    self.wfile.write(part.encode())
+                    time.sleep(outer.pause_s * (part is not parts[-1]))
 
             def log_message(self, *args):
                 pass
@@ -173,6 +175,16 @@ def completion(text, tokens=100):
         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
         "usage": {"completion_tokens": 10, "total_tokens": tokens},
     }
+
+
+def streamed(text, finish="stop", usage=None, end="[DONE]"):
+    """A reply as it comes from a server that streams: its role, a sign of life, three parts of the text, its end."""
+    n = len(text) // 3 + 1
+    deltas = [{"role": "assistant", "content": ""}, *({"content": text[i : i + n]} for i in range(0, len(text), n))]
+    events = [json.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}) for delta in deltas]
+    events += [json.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})] if finish else []
+    events += [json.dumps({"choices": [], "usage": usage})] if usage else []
+    return 200, [": alive\n\n", *(f"data: {event}\n\n" for event in (*events, *filter(None, [end])))]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import time
 from datetime import datetime, timedelta
 
 import pytest
-from conftest import ROOT, reply
+from conftest import ROOT, reply, streamed
 
 SEARCH = ["--proposer", "search", "--sandbox", "off"]
 
@@ -71,11 +71,11 @@ def test_a_pipe_gets_plain_lines_and_the_tag_is_the_date(checkout):
     assert lines[2] in (checkout.root / "runs" / tag / "session.log").read_text()
 
 
-def test_a_terminal_gets_a_live_line(checkout):
+def in_a_terminal(checkout, *args, **env):
+    """What agent.py writes into a terminal."""
     ours, theirs = pty.openpty()
-    command = checkout.command(*SEARCH, "--experiments", "2", "--hours", "1", "--time-budget", "1.5")
-    env = checkout.env(TERM="xterm", COLUMNS="160")
-    process = subprocess.Popen(command, cwd=checkout.root, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    options = {"cwd": checkout.root, "env": checkout.env(TERM="xterm", COLUMNS="160", **env)}
+    process = subprocess.Popen(checkout.command(*args), stdin=theirs, stdout=theirs, stderr=theirs, **options)
     os.close(theirs)
     shown = b""
     while select.select([ours], [], [], 30)[0]:
@@ -84,10 +84,21 @@ def test_a_terminal_gets_a_live_line(checkout):
         except OSError:
             break
     assert process.wait(10) == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    return shown.decode()
+
+
+def test_a_terminal_gets_a_live_line(checkout):
+    shown = in_a_terminal(checkout, *SEARCH, "--experiments", "2", "--hours", "1", "--time-budget", "1.5")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     live = r"0002 [A-Z]+ \S+ -> .*: training \d+%, loss \d\S+, [\d,]+ tok/s; 0:59:\d\d left; best 1\.\d+"
-    assert re.search(live, text) and "\x1b[K" in shown.decode()
+    assert re.search(live, text) and "\x1b[K" in shown
     assert text.count("0001  keep") == 1
+
+
+def test_a_terminal_shows_how_much_of_a_reply_has_come(checkout, server):
+    server.script, server.pause_s = [streamed(reply("SET RATE = 1.1"))], 0.4
+    shown = in_a_terminal(checkout, "--sandbox", "off", "--experiments", "2", OPENAI_BASE_URL=server.url)
+    assert re.search(r"asking tiny, \d+ s, (3|6)\d characters have come", shown) and "0002  " in shown
 
 
 def test_status_and_report_work_at_any_time(checkout):

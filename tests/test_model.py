@@ -6,6 +6,7 @@ Every test is a session on the toy task whose model is a real HTTP server that a
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import time
 from itertools import pairwise
 
 import pytest
-from conftest import ROOT, USER, completion, reply
+from conftest import ROOT, USER, completion, reply, streamed
 
 import agent
 
@@ -44,7 +45,7 @@ def never(server):
 def llm(checkout, server, *script, **more):
     """A session whose model answers from a script: a row for each step, if nothing else is said."""
     server.script += script
-    usual = {"proposer": "llm", "base_url": server.url, "experiments": 1 + len(script), "tag": "t", "budget_s": 0.03}
+    usual = {"proposer": "llm", "base_url": server.url, "experiments": 1 + len(script), "tag": "t", "time_budget": 0.03}
     return checkout.session(**usual | more)
 
 
@@ -256,6 +257,30 @@ def test_a_refused_system_message_goes_into_the_users_once_and_remembered(checko
     whole, roles = server.requests[1]["messages"][0]["content"], [m["role"] for m in server.requests[3]["messages"]]
     assert "DESCRIPTION: at most 80" in whole and "# Now" in whole and roles == ["user", "assistant", "user"]
     server.requests.clear()  # of another shape than the others
+
+
+def test_a_reply_is_asked_for_as_a_stream_and_taken_in_either_form(checkout, server):
+    usage = {"prompt_tokens": 700, "completion_tokens": 77, "total_tokens": 777}
+    script = [streamed(idea(1), usage=usage), idea(2), streamed(idea(3), finish=None), streamed(idea(4), end="")]
+    llm(checkout, server, *script)
+    assert descriptions(checkout)[1:] == [f"idea {n}" for n in range(1, 5)]
+    assert checkout.rows()[1]["llm_tokens"] == "777" and all(body["stream"] for body in server.requests)
+
+
+def test_a_stream_that_breaks_off_or_fails_is_asked_for_again_and_one_at_its_limit_goes_back(checkout, server):
+    begun = streamed(idea(2), finish=None, end="")
+    failed = 200, [*begun[1], 'data: {"error": {"message": "worker died", "code": 502}}\n\n']
+    script = [streamed(idea(1)), begun, failed, streamed(idea(3), finish="length"), streamed(idea(4))]
+    llm(checkout, server, *script, experiments=3, outage_s=20.0)
+    assert descriptions(checkout)[1:] == ["idea 1", "idea 4"] and "was cut off after" in server.asked(4)
+    assert "worker died" in (checkout.root / "runs" / "t" / "0003" / "llm.md").read_text()
+
+
+def test_a_server_that_refuses_streams_is_asked_plainly_from_then_on(checkout, server):
+    refuse = lambda body: error(400, "stream is not supported") if body.get("stream") else idea(1)  # noqa: E731
+    llm(checkout, server, refuse, refuse, idea(2), experiments=3)
+    assert proposers(checkout) == "baseline llm llm"
+    assert [body.get("stream") for body in server.requests] == [True, None, None]
 
 
 SURROUNDINGS = {
@@ -500,6 +525,7 @@ def test_every_ten_rows_the_model_renews_its_notes_which_say_whose_they_are(chec
 
 
 def test_after_eight_misses_the_question_changes_and_again_with_each_further_one(checkout, server, monkeypatch):
+    shutil.copy(ROOT / "program.md", checkout.root)
     monkeypatch.setattr(agent, "STUCK_ROWS", 1)
     llm(checkout, server, *map(idea, range(1, 5)), scored(1.05), idea(7))
     found = [re.search(r"# Nothing was kept for (\d+) experiments?\n\n(.+)\n", server.asked(i)) for i in range(6)]

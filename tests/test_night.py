@@ -189,7 +189,7 @@ def meddle():
         filler.unlink()
 
 threading.Thread(target=meddle, daemon=True).start()
-config = agent.Config(root=root, cache=Path(CACHE), proposer="search", budget_s=0.1, sandbox="off", experiments=4,
+config = agent.Config(root=root, cache=Path(CACHE), proposer="search", time_budget=0.1, sandbox="off", experiments=4,
                       pictures=False)
 sys.exit(agent.session(config))
 """

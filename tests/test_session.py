@@ -270,7 +270,7 @@ def test_another_branch_of_the_same_data_shares_the_history_and_nothing_else(che
 
 def test_other_conditions_are_not_mixed(checkout, monkeypatch):
     checkout.session(experiments=1, tag="t")
-    found = error_of(checkout, budget_s=0.2)
+    found = error_of(checkout, time_budget=0.2)
     assert "--tag NAME" in found and "0.03 s" in found and "0.2 s" in found
     for name, was, value in (("TOY_FINGERPRINT", "f00d", "beef"), ("TOY_PRESET", "cpu", "mac")):
         (checkout.cache / "current").unlink()
@@ -588,7 +588,7 @@ def test_the_session_ends_at_its_deadline(checkout):
     began = time.monotonic()
     assert checkout.session(hours=3 / 3600) == 0
     assert 1 < time.monotonic() - began < 20 and len(checkout.rows()) >= 2
-    assert "shorter than one run of 5 s" in error_of(checkout, hours=1 / 3600, budget_s=5.0, tag="u")
+    assert "shorter than one run of 5 s" in error_of(checkout, hours=1 / 3600, time_budget=5.0, tag="u")
 
 
 @pytest.mark.slow
@@ -602,7 +602,7 @@ def test_time_is_kept_for_the_verification(checkout, server):
         experiments=None,
         hours=25 / 3600,
         verify=True,
-        budget_s=0.5,
+        time_budget=0.5,
     )
     found = facts(checkout, "seed")
     assert found[-6:] == ["101", "101", "102", "102", "103", "103"] and len(found) > 8
@@ -614,7 +614,7 @@ def test_a_task_may_have_another_metric_that_is_higher_better_and_without_noise(
     path.write_text(path.read_text().replace('"metric": "val_bpb"', more).replace('"TOY_NOISE", "0.006"', '"-", "0"'))
     commit_all(folder)
     script = [scored(1.2), scored(1.1), scored(1.2, "\nSET RATE = 2.0"), scored(1.3)]
-    llm(folder, server, *script, confirm="always", budget_s=0.0, tag="t")
+    llm(folder, server, *script, confirm="always", time_budget=0.0, tag="t")
     found = facts(folder, "status", "accuracy")[1:]  # 14 % at once: without noise that is no reason to doubt
     assert found == ["keep 1.200000", "discard 1.100000", "discard 1.200000", "keep 1.300000"]
     assert folder.trailers("0005")["Conditions"].startswith("accuracy (higher is better)")
