@@ -1948,8 +1948,12 @@ def begin(s: Session, resumed: bool) -> None:
         raise UserError(f"{s.branch} exists. To go on with it: git checkout {s.branch}. To begin another: {other}")
     if not last and git(s.config, "for-each-ref", f"refs/autoresearch/{s.config.tag}/"):
         raise UserError(f"{s.branch} was made by another version of agent.py. Begin another branch: {other}")
-    if resumed and not last and parse_row("", "", git(s.config, "log", "-1", "--format=%B")):
-        raise UserError("its rows are not in this clone: git fetch REMOTE 'refs/autoresearch/*:refs/autoresearch/*'")
+    fetch = "are not in this clone: git fetch REMOTE 'refs/autoresearch/*:refs/autoresearch/*'"
+    if resumed and not last and git(s.config, "log", "-1", "--format=%h", f"--grep=^Tag: {re.escape(s.config.tag)}$"):
+        raise UserError(f"its rows {fetch}")
+    far = git(s.config, "for-each-ref", "--format=%(refname:short)", "refs/remotes/*/autoresearch/*")
+    if far and not state.rows:
+        s.screen.say(f"the rows of {far.split()[0]} {fetch}")
     if last and last[0].conditions != s.task.conditions:
         was = f"made with {last[0].conditions}; now it is {s.task.conditions}"
         raise UserError(f"{s.branch} was {was}. Begin another branch: {other}")

