@@ -70,7 +70,7 @@ LIMITS = ("max_tokens", 32_000), ("max_completion_tokens", 32_000), ("max_tokens
 REQUEST_CHARS = 120_000  # that a request may have at first; LIMITS: of a reply, one after another as they are refused
 STUCK_ROWS, NOTES_ROWS = 8, 10  # without a keep before the question changes; between two notes of the model
 DIFF_CHARS, DIFFS_CHARS, ROWS_CHARS = 4_000, 12_000, 44_000  # that a request shows of one diff, of all keeps', of rows
-MAX_TEXT, MAX_LITERAL = 100_000, 4_000  # characters of a train.py, of one of its strings
+MAX_TEXT, MAX_LITERAL, MAX_DIGITS = 100_000, 4_000, 200  # of a train.py: characters; of one string; new in long numbers
 
 NO_CODE = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)  # what parsing odd text raises
 NO_SERVER = (ValueError, AttributeError, TypeError, ImportError, OSError)  # what odd answers, proxies, keys raise
@@ -166,7 +166,7 @@ def option(default: object, told: str, **how: object) -> object:
 class Config:
     """What one session is started with: the options of the command line, and what surrounds it."""
 
-    root: Path  # the folder of train.py, prepare.py, program.md and results.tsv
+    root: Path  # the task: the folder of train.py, prepare.py, program.md and results.tsv
     cache: Path  # of prepare.py's folders
     hours: float | None = option(None, "end after this long; default: until Ctrl-C", type=float, metavar="H")
     experiments: int | None = option(None, "end after N rows, the baseline counted", type=int, metavar="N")
@@ -182,6 +182,7 @@ class Config:
     status: bool = option(False, "print what the record says so far, and end", action="store_true")
     report: bool = option(False, "write runs/TAG/report.md from the record, and print it", action="store_true")
     ask: bool = option(False, "print one request to the model and its reply, train nothing", action="store_true")
+    prefix: str = ""  # of the task in its repository, such as tasks/circles/
     base_url: str = "https://api.openai.com/v1"
     api_key: str = ""
     pictures: bool = True
@@ -195,15 +196,16 @@ class Task:
     """What the loop must know of the task: the meta.json that prepare.py wrote."""
 
     folder: Path
-    fingerprint: str
-    metric: str
+    metric: str = ""  # its name
+    fingerprint: str = ""  # of the data
     preset: str = "-"
-    budget_s: float = 300.0
+    budget_s: float = 300.0  # of training
     lower_is_better: bool = True
     noise: float = 0.0  # standard deviation of the metric over seeds, before anything is measured; 0: there is none
     handed: tuple[str, ...] = ()  # files that training gets when its clock starts
-    judged: dict = field(default_factory=dict)  # by split, files that only the scorer gets
+    judged: dict = field(default_factory=lambda: {"val": []})  # by split, files that only the scorer gets; val chooses
     required: tuple[str, ...] = ("main",)  # what train.py must define or call
+    plausible: tuple[float, ...] = (-math.inf, math.inf)  # between which a score is one
     suspicious: float = 0.05  # the share of a gain that is not believed at once
     conditions: str = ""  # what must be the same for scores to compare, in words
 
@@ -223,6 +225,7 @@ class Row:
     parent: str = ""  # the best it started from; of a repeat, the row it repeats. What follows are the trailers
     id: str = ""
     tag: str = ""
+    task: str = ""  # the prefix of its folder in the repository
     status: str = ""  # keep, discard, crash, invalid, maybe, verify
     reason: str = ""
     score: float | None = None
@@ -366,7 +369,8 @@ def recall(s: Session) -> State:
             known[commit] = parse_row(commit, parents.split(" ")[0], text)
         if odd := [ref for commit, ref in new.items() if known.setdefault(commit, None) is None]:
             s.screen.say(f"skipped {odd[0]}{f' and {len(odd) - 1} more' * (len(odd) > 1)}: no rows of this version")
-    rows, began, roots = [r for commit in refs.values() if (r := known[commit])], {}, {}
+    rows = [r for commit in refs.values() if (r := known[commit]) and r.task == s.config.prefix]
+    began, roots = {}, {}
     for r in rows:
         began[r.tag] = min(r.time, began.get(r.tag, r.time))
     rows = tuple(sorted(rows, key=lambda r: (began[r.tag], r.tag, int(r.id))))
@@ -398,10 +402,10 @@ def record(s: Session, row: Row, text: str) -> None:
 
 def write_tree(config: Config, parent: str, texts: tuple[str, str]) -> tuple[str, dict[str, str]]:
     """Write the parent's tree with other FILES, where they are not empty: its name, and those of their blobs."""
-    files, prefix = entries(config, "ls-tree", parent), git(config, "rev-parse", "--show-prefix")
+    files = entries(config, "ls-tree", parent)
     for name, text in filter(lambda item: item[1], zip(FILES, texts)):
         files[name] = files.get(name, ("100644",))[0], git(config, "hash-object", "-w", "--stdin", stdin=text)
-    lines = "".join(f"{mode} {blob}\t{prefix}{name}\n" for name, (mode, blob) in files.items())
+    lines = "".join(f"{mode} {blob}\t{config.prefix}{name}\n" for name, (mode, blob) in files.items())
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": f"{folder}/index"}
         git(config, "read-tree", parent, **index)
@@ -729,6 +733,9 @@ def guard(text: str, base: str, tried: dict[str, Row], required: tuple[str, ...]
     if r := tried.get(program_key(text)):
         outcome = f"{r.status}, {r.reason if r.score is None else f'{r.score:.6f}'}: {r.description}"
         raise EditError(f"But for a hair's breadth of a number, this repeats experiment {r.tag}/{r.id} ({outcome}).")
+    digits = [sum(map(len, re.findall(r"\d{7,}", one))) for one in (base, text)]
+    if rules and digits[1] - digits[0] > MAX_DIGITS:
+        raise EditError("A table of long numbers is a result, not a way to it: write what computes it.")
     old = faults_of(base, required) if rules else faults
     if new := [f"line {line}: {why}." for why, line in faults.items() if why not in old]:
         raise EditError(" ".join(new[:3]))
@@ -896,9 +903,13 @@ class State:
         fresh, seen = list(gains.values())[-1], self.task.gain(self.bar, self.means[self.base.text])
         luck = min(max(0.0, seen - gains["val"].mean), max(0.0, seen))
         shown = "" if fresh.low > 0 else "it is worse: " if fresh.high < 0 else "no gain is shown: "
-        first = f"On {len(self.pairs)} fresh seeds and test data that the search never used, {shown}{self.task.metric}"
-        val = f"on the data that it used, by {interval(gains['val'])}. The search had seen {seen:.4f}"
-        return gains, f"{first} is better by {interval(fresh)}; {val}: {luck:.4f} of it was luck."
+        unused, val = (
+            " and test data that the search never used",
+            f"; on the data that it used, by {interval(gains['val'])}",
+        )
+        first = f"On {len(self.pairs)} fresh seeds{unused * (len(gains) > 1)}, {shown}{self.task.metric} is better by "
+        seen = f". The search had seen {seen:.4f}: {luck:.4f} of it was luck."
+        return gains, f"{first}{interval(fresh)}{val * (len(gains) > 1)}{seen}"
 
 
 def gain_of(best: list[list[float]], base: list[list[float]], others: list[list[float]]) -> Gain:
@@ -952,7 +963,8 @@ def sandboxed(s: Session, work: Path, shown: list[Path]) -> list[str]:
     """
     if not s.bwrap:
         return []
-    hidden = {Path.home(), Path.home().resolve(), s.config.root, s.config.cache} - {Path("/"), Path("/tmp")}
+    hidden = {Path.home(), Path.home().resolve(), Path(__file__).resolve().parent, s.config.root, s.config.cache}
+    hidden -= {Path("/"), Path("/tmp")}
     above = {path for folder in hidden for path in (folder, *folder.parents)} | {Path("/")}
     links = [Path(sys.executable)]  # an environment's python is a link, perhaps to a link
     while links[-1].is_symlink():
@@ -1107,8 +1119,8 @@ def score(s: Session, folder: Path, split: str) -> Result:
         raise UserError("the data were prepared anew while the session ran. Start again")
     if isinstance(found.get("invalid"), str):
         return Result("invalid", one_line(found["invalid"])[:200])
-    value = number(found, "score")
-    honest = found.get("secret") == secret and value is not None and (value > 0 or not s.task.lower_is_better)
+    value, (low, high) = number(found, "score"), s.task.plausible
+    honest = found.get("secret") == secret and value is not None and low <= value <= high
     if honest and not end.killed and end.code == 0:
         return Result(blocks={split: found.get("blocks") or [value]}, measured={"score": value})
     blame = end.blame or busy(s, FREE_BYTES)
@@ -1263,7 +1275,7 @@ def recent(s: Session, state: State, running: Job | None) -> list[str]:
         parts.append("# Near misses and last experiments as diffs\n\n" + "\n\n".join(last))
     for r in (done or state.search)[-1:]:
         steps = STEP.findall(log_tail(s.runs / r.id / "run.log", 1000))
-        curve = " ".join(f"{share}%:{loss}" for _, share, loss, _ in steps[:: len(steps) // 12 + 1])
+        curve = " ".join(f"{share}%:{loss}" for share, _, loss in steps[:: len(steps) // 12 + 1])
         speed = f"{r.steps or 0} steps, {r.tokens_M or 0:.1f} M tokens, {r.memory_gb:.1f} GB. Loss by share: {curve}"
         parts.append(f"# The last run, {r.id}\n\n{speed}\n\n{quoted(s.runs / r.id / 'run.log')}")
     if running:
@@ -1523,7 +1535,9 @@ def awaited(s: Session, future: Future) -> Row:
 
 # ---- What a person sees ----------------------------------------------------------------------------------------------
 
-STEP = re.compile(r"^step (\d+) \(([\d.]+)%\) \| loss ([-+.\de]+|nan|inf) \|.*? tok/s ([\d,]+)", re.M)
+STEP = re.compile(
+    r"^step \d+ \(([\d.]+)%\) \| (\S+ (\S+).*)", re.M
+)  # share of the budget; the rest, as `loss 3.21 | ...`
 
 
 class Screen:
@@ -1548,7 +1562,7 @@ class Screen:
         if self.width and time.monotonic() - self.drawn > 0.5:
             self.drawn = time.monotonic()
             steps = STEP.findall(log_tail(log, 3)) if log else []
-            loss = f", loss {steps[-1][2]}, {steps[-1][3]} tok/s" if steps else ""
+            loss = f", {steps[-1][1][:60]}" if steps else ""
             left_s = self.deadline - self.drawn
             left = f"; {timedelta(seconds=round(max(0, left_s)))} left" if left_s < math.inf else ""
             with contextlib.suppress(OSError, ValueError):
@@ -1865,8 +1879,15 @@ def judge(s: Session, state: State, job: Job, result: Result) -> Row:
         status = "verify"
     start = job.of or state.best
     parent = start.parent if job.kind == "confirmation" else start.commit if start else state.tip
-    known = {"parent": parent, "id": state.next_id, "tag": s.config.tag, "status": status, "reason": reason}
-    known |= {"score": None, "bar": state.bar, "time": now(), "seed": job.seed, "conditions": s.task.conditions}
+    known = {"parent": parent, "id": state.next_id, "tag": s.config.tag, "task": s.config.prefix, "status": status}
+    known |= {
+        "reason": reason,
+        "score": None,
+        "bar": state.bar,
+        "time": now(),
+        "seed": job.seed,
+        "conditions": s.task.conditions,
+    }
     known |= {"program": program_key(job.text), "session": s.began}
     known |= {"held": json.dumps(result.blocks)} if job.kind == "verification" and not result.status else {}
     measured = {name: v for name, v in result.measured.items() if name != "score" or not result.status}
@@ -1877,9 +1898,8 @@ def conclude(s: Session, state: State, job: Job, row: Row) -> None:
     """Strip a run's folder, unless best/ is to be it. Raises UserError where going on is no use."""
     folder = s.runs / row.id
     if row.score is not None and (row.status == "keep" or job.text == state.text and not (s.runs / "best").exists()):
-        for name in ("tokenizer.json", "meta.json"):  # with them the model can be used anywhere
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copyfile(s.task.folder / name, folder / name)
+        for path in s.task.folder.glob("*.json"):  # with what is said of the data there, the model can be used anywhere
+            shutil.copyfile(path, folder / path.name)
     else:
         strip(folder)
     see = f"({row.reason}): see runs/{row.tag}/{row.id}/run.log"
@@ -1901,20 +1921,27 @@ def open_checkout(config: Config) -> tuple[Config, bool]:
             start = "git init && git add -A && git commit -m start"
             raise UserError(f"{name} is not committed here ({error}). In a new folder: {start}") from None
     head = git(config, "symbolic-ref", "-q", "--short", "HEAD", default="")
-    current = head.removeprefix("autoresearch/") if head.startswith("autoresearch/") else ""
-    tag = config.tag or current or datetime.now().strftime("%b%d").lower()
+    current, prefix = head.removeprefix("autoresearch/"), git(config, "rev-parse", "--show-prefix")
+    today = f"{Path(prefix).name}-{datetime.now():%b%d}".lower().strip("-")
+    tag = config.tag or (current if current != head else today)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", tag) or tag.endswith((".", ".lock")) or ".." in tag:
         raise UserError(f"--tag {tag}: use letters, digits, - and _")
-    return replace(config, tag=tag), tag == current
+    return replace(config, tag=tag, prefix=prefix), head == f"autoresearch/{tag}"
 
 
 def read_task(config: Config) -> Task | None:
-    """The task that prepare.py made last, on this machine's hardware; None where there is none of this format."""
+    """The task that prepare.py made last, on this machine's hardware; None where there is none. Raises UserError."""
     folder = config.cache / (read_text(config.cache / "current").strip() or "none")
     meta = read_facts(folder / "meta.json")
-    if meta.get("format") != META_FORMAT or not {"metric", "fingerprint"} <= meta.keys():
+    if not meta or meta.get("format", META_FORMAT) != META_FORMAT:
         return None
     found = {f.name: tuple(v) if isinstance(v := meta[f.name], list) else v for f in fields(Task) if f.name in meta}
+    kinds = {"str": str, "float": (int, float), "bool": bool, "tuple[str, ...]": tuple, "dict": dict}
+    kinds |= {"tuple[float, ...]": tuple}
+    odd = [f.name for f in fields(Task)[1:] if f.name in found and not isinstance(found[f.name], kinds[f.type])]
+    if odd or not re.fullmatch(r"\w+", meta.get("metric", "")) or "val" not in found.get("judged", ["val"]):
+        wrong = ", ".join(odd) or "metric (a word), judged (files by split, val among them)"
+        raise UserError(f"{folder / 'meta.json'} has no valid {wrong}: see README.md, Your own task; mend prepare.py")
     task = Task(**found | {"folder": folder, "budget_s": config.time_budget or float(meta.get("budget_s", 300.0))})
     cpu = re.findall(r"^model name\s*: (.*)", read_text(Path("/proc/cpuinfo")), re.M) or [platform.machine()]
     device = meta.get("device") == "cuda" and gpu()[0] or f"{cpu[0]} x {os.cpu_count()}"
@@ -1934,8 +1961,9 @@ def opened(config: Config) -> tuple[Session, bool]:
     hours_s = (config.hours or math.inf) * 3600
     if hours_s < task.budget_s:
         raise UserError(f"--hours {config.hours:g} is shorter than one run of {task.budget_s:g} s")
-    if config.verify is None:
-        config = replace(config, verify=max(VERIFY_HOURS * 3600, 48 * task.budget_s) <= hours_s < math.inf)
+    if config.verify is None or not task.noise:  # without noise all runs of a program are equal
+        long = max(VERIFY_HOURS * 3600, 48 * task.budget_s) <= hours_s < math.inf
+        config = replace(config, verify=long and task.noise > 0)
     return Session(config, task, Screen(time.monotonic() + hours_s), f"{now()} {secrets.token_hex(4)}"), resumed
 
 
@@ -1947,7 +1975,7 @@ def begin(s: Session, resumed: bool) -> None:
     if exists and not resumed and (last or exists != git(s.config, "rev-parse", "HEAD")):
         raise UserError(f"{s.branch} exists. To go on with it: git checkout {s.branch}. To begin another: {other}")
     if not last and git(s.config, "for-each-ref", f"refs/autoresearch/{s.config.tag}/"):
-        raise UserError(f"{s.branch} was made by another version of agent.py. Begin another branch: {other}")
+        raise UserError(f"{s.branch} is of another task, or version of agent.py. Begin another branch: {other}")
     fetch = "are not in this clone: git fetch REMOTE 'refs/autoresearch/*:refs/autoresearch/*'"
     if resumed and not last and git(s.config, "log", "-1", "--format=%h", f"--grep=^Tag: {re.escape(s.config.tag)}$"):
         raise UserError(f"its rows {fetch}")
@@ -1963,6 +1991,7 @@ def begin(s: Session, resumed: bool) -> None:
     if why := unread or foreign(s, state)[0] or busy(s, FREE_BYTES):
         raise UserError(f"{why}, then start again")
     s.runs.mkdir(parents=True, exist_ok=True)
+    write_whole(s.runs.parent / ".gitignore", "*\n")
     s.screen.log = s.runs / "session.log"
     remove(s.runs / "next.md")  # this and more of a session that was killed
     for folder in s.runs.glob("[0-9]*"):
@@ -1986,13 +2015,17 @@ def begin(s: Session, resumed: bool) -> None:
 
 
 def session(config: Config) -> int:
-    """One start of agent.py; returns the exit status. One at a time in a checkout: the lock goes with the process."""
+    """One start of agent.py; returns the exit status. One at a time in a checkout, and on a tag: the locks go with it."""
     s, resumed = opened(config)
-    with open(Path(git(s.config, "rev-parse", "--absolute-git-dir")) / "autoresearch.lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("a session is running in this checkout already") from None
+    here, common = git(s.config, "rev-parse", "--absolute-git-dir", "--git-common-dir").split("\n")
+    free = {f"{here}/autoresearch.lock": "in this checkout already"}
+    free |= {f"{s.config.root / common}/autoresearch-{s.config.tag}.lock": f"on {s.branch}. For another: --tag NAME"}
+    with contextlib.ExitStack() as locks:
+        for path, where in free.items():
+            try:
+                fcntl.flock(locks.enter_context(open(path, "a+")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"a session is running {where}") from None
         try:
             begin(s, resumed)
             loop(s)
@@ -2025,7 +2058,7 @@ def finish(s: Session) -> None:
 def show(config: Config) -> int:
     """Print the essence, or the report, of the record of --tag, the checkout's tag, or else the last."""
     named, (config, _) = config.tag, open_checkout(config)
-    s = Session(config, read_task(config) or Task(Path(), "", "score"), Screen(), "")
+    s = Session(config, read_task(config) or Task(Path(), "score"), Screen(), "")
     rows = sorted(recall(s).rows, key=lambda r: (r.tag == config.tag, r.time, r.id))
     if not rows or named and rows[-1].tag != named:
         fetch = "from another clone: git fetch REMOTE 'refs/autoresearch/*:refs/autoresearch/*'"
@@ -2058,6 +2091,9 @@ def configured(argv: list[str] | None) -> Config:
     p = argparse.ArgumentParser("agent.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option in (f for f in fields(Config) if f.metadata):
         p.add_argument(f"--{option.name.replace('_', '-')}", default=option.default, **option.metadata)
+    p.add_argument(
+        "--task", metavar="DIR", help="folder with train.py, prepare.py and program.md; default: of agent.py"
+    )
     args = p.parse_args(argv)
     for name in ("hours", "experiments", "time_budget", "max_llm_tokens"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
@@ -2071,10 +2107,14 @@ def configured(argv: list[str] | None) -> Config:
         raise UserError("OPENAI_API_KEY has blanks or characters that no key has: copy it again")
     if url and not re.match(r"https?://[\w.\-\[\]:@]+", url):
         raise UserError(f"OPENAI_BASE_URL={url} is no URL; it looks like http://localhost:8000/v1")
-    cache = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").expanduser().resolve()
+    cache, here = os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch", Path(__file__).parent
     found = vars(args) | {"model": args.model or os.environ.get("OPENAI_MODEL", ""), "api_key": key}
     found |= {"experiments": 0, "proposer": "search"} if alone else {}
-    return Config(Path(__file__).resolve().parent, cache, base_url=url or Config.base_url, **found)
+    root = Path(found.pop("task") or here).expanduser().resolve()
+    if lacking := [name for name in ("prepare.py", "program.md") if not (root / name).is_file()]:
+        raise UserError(f"{root} has no {lacking[0]}: a task is a folder with train.py, prepare.py and program.md")
+    cache = root / "runs" / "data" if root != here.resolve() else Path(cache).expanduser().resolve()
+    return Config(root, cache, base_url=url or Config.base_url, **found)
 
 
 def stop(*_: object) -> None:

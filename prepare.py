@@ -84,6 +84,7 @@ TASK = {  # what agent.py must know of the task besides
     "lower_is_better": True,
     "suspicious": 0.05,  # the share of a gain that is not believed at once
     "budget_s": TIME_BUDGET_S,
+    "plausible": [0.0, 64.0],  # between which a score is one
     "handed": ["train.bin", "train_docs.npy"],  # to training, when it asks
     "judged": {"val": ["val.bin"], "test": ["test.bin"]},  # handed to the scorer
     "required": ["build_model", "main", "load", "start", "finish"],  # what train.py must define or call

@@ -9,7 +9,7 @@ import pytest
 
 import agent
 
-TASK = agent.Task(Path(), "f00d", "val_bpb", noise=0.001)
+TASK = agent.Task(Path(), "val_bpb", noise=0.001)
 HIGHER = replace(TASK, lower_is_better=False)
 PLAIN = {f.name: {"str": "-", "int": 42, "float": 1.0}.get(f.type) for f in fields(agent.Row)}
 PLAIN |= dict.fromkeys(("reason", "held", "conditions", "repeats"), "")

@@ -47,7 +47,7 @@ def test_help_and_the_docs_name_every_option_and_importing_does_nothing(checkout
     shown = checkout.run("--help")
     assert shown.returncode == 0 and "python agent.py --ask" in shown.stdout
     options = "hours experiments tag proposer model time-budget max-llm-tokens prefetch confirm verify sandbox"
-    assert re.findall(r"^  --([a-z-]+)", shown.stdout, re.M) == f"{options} status report ask".split()
+    assert re.findall(r"^  --([a-z-]+)", shown.stdout, re.M) == f"{options} status report ask task".split()
     assert set(re.findall(r"--no-[a-z]+", shown.stdout)) == {"--no-prefetch", "--no-verify"}
     code = "import sys, agent; print([m for m in ('torch', 'openai', 'matplotlib', 'psutil') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -90,7 +90,7 @@ def in_a_terminal(checkout, *args, **env):
 def test_a_terminal_gets_a_live_line(checkout):
     shown = in_a_terminal(checkout, *SEARCH, "--experiments", "2", "--hours", "1", "--time-budget", "1.5")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
-    live = r"0002 [A-Z]+ \S+ -> .*: training \d+%, loss \d\S+, [\d,]+ tok/s; 0:59:\d\d left; best 1\.\d+"
+    live = r"0002 [A-Z]+ \S+ -> .*: training \d+%, loss \d\S+ \| lr 1.00 \| tok/s 1000; 0:59:\d\d left; best 1\.\d+"
     assert re.search(live, text) and "\x1b[K" in shown
     assert text.count("0001  keep") == 1
 

@@ -109,7 +109,7 @@ def test_honest_research_passes(name):
 
 @pytest.mark.parametrize("text", [TRAIN, TOY_TRAIN], ids=["shipped", "toy"])
 def test_the_shipped_files_have_no_fault(text):
-    guarded(text, base="def nothing(): pass\n")
+    assert not agent.faults_of(text, REQUIRED)
 
 
 WORDS = {

@@ -32,7 +32,7 @@ IDEAS = {"rich": (0.13, 0.0012), "lean": (0.06, 0.0003)}  # share of good ones, 
 NOISES = (0.0004, 0.001)  # of a seed; what the task says of it is right
 SPREAD, NEUTRAL, HARM = 0.6, 0.05, 0.004
 BLOCK_SHARE, BLOCK_SD = 0.4, 0.0002  # what an idea does to a block beyond its true effect: standard deviation
-TASK = agent.Task(Path(), "f00d", "val_bpb", noise=0.0)
+TASK = agent.Task(Path(), "val_bpb", noise=0.0)
 PLAIN = {f.name: {"str": "-", "int": 42, "float": 1.0}.get(f.type) for f in fields(agent.Row)}
 PLAIN |= dict.fromkeys(("reason", "held", "conditions", "repeats"), "")
 PLAIN |= {"tag": "sim", "status": "discard", "proposer": "llm", "session": "tonight"}

@@ -99,6 +99,7 @@ def make():
         "noise": float(os.environ.get("TOY_NOISE", "0.006")),
         "handed": ["train.bin", "train_docs.npy"],
         "judged": {"val": ["val.bin"], "test": ["test.bin"]},
+        "plausible": [0.0, 100.0],
         "required": ["build_model", "main", "load", "start", "finish"],
     }
     (folder / "meta.json").write_text(json.dumps(meta))
