@@ -111,7 +111,7 @@ def stop(message: str, code: int = 2) -> NoReturn:
 
 
 def cache_root() -> Path:
-    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
+    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").expanduser().resolve()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -832,9 +832,11 @@ def main() -> None:
             os._exit(score(args.run_dir.resolve(), args.split))  # what a model left to do at the exit is not done
         if args.command == "sample":
             return sample(args.run_dir.resolve(), args.prompt)
-        os.environ["AUTORESEARCH_CACHE"] = args.cache or str(cache_root())
+        usual = cache_root()
+        os.environ["AUTORESEARCH_CACHE"] = args.cache or str(usual)
         prepare(args.dataset, args.preset, args.num_shards)
-        print("Next: `python train.py` makes one run, `python agent.py` a session.")
+        where = "" if cache_root() == usual else f"AUTORESEARCH_CACHE={shlex.quote(str(cache_root()))} "
+        print(f"Next: `{where}python train.py` makes one run, `{where}python agent.py` a session.")
     except KeyboardInterrupt:
         stop("Interrupted; the same command goes on.", 130)
     except OSError as error:

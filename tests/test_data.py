@@ -10,6 +10,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import subprocess
 import sys
 import threading
@@ -215,6 +216,15 @@ def test_books_are_cut_whatever_they_come_in_and_short_documents_stay_whole(tmp_
     documents_now, split = list(corpus.texts()), split_texts(*prepare.current())
     assert "".join(documents_now) == "".join(texts) and documents_now[-9:] == texts[10:] and len(split["val"]) > 5
     assert [text for text in documents_now if prepare.digest(text) not in held] == split["train"]
+
+
+def test_the_next_command_finds_the_data_in_another_cache(tmp_path, cache, command, texts_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "`python agent.py`" in command("--dataset", texts_folder, "--cache", cache)[1].splitlines()[-1]
+    output = command("--dataset", texts_folder, "--cache", "it's here")[1]
+    setting, *words = shlex.split(re.findall("`(.*?)`", output.splitlines()[-1])[1])
+    assert words == ["python", "agent.py"] and setting == f"AUTORESEARCH_CACHE={tmp_path}/it's here"
+    assert (tmp_path / "it's here" / "current").exists()
 
 
 def packed_plainly(documents, capacity):
