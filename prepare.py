@@ -3,7 +3,7 @@ Data, clock and scoring: what no experiment may change.
 
     python prepare.py                                    # data for this machine: download, tokenizer, rows to score on
     python prepare.py --dataset builtin --preset cpu     # needs no network
-    python prepare.py --dataset my_texts/                # a file or folder of .txt .md .py .jsonl .parquet
+    python prepare.py --dataset my_texts/                # a file or folder of .txt .md .py .jsonl .json .csv .parquet
     python prepare.py score RUN_DIR [--split val|test]   # bits per byte of RUN_DIR/train.py with RUN_DIR/checkpoint.pt
     python prepare.py sample RUN_DIR [--prompt TEXT]     # how that model goes on
 
@@ -15,27 +15,32 @@ import argparse
 import base64
 import contextlib
 import copy
+import csv
+import ctypes
 import errno
 import fcntl
 import gc
+import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
 import random
 import resource
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import accumulate, chain, islice, takewhile, tee
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TextIO
 
 import numpy as np
 import torch
@@ -43,8 +48,7 @@ from numpy.random import default_rng  # the system seeds it: no seed of a run fo
 
 # The arithmetic of a score is bound before train.py is imported. All are C functions: they call none that it could set
 from torch import Tensor, amax, amin, clone, float32, gather, log_softmax, stack, sub
-from torch._C import DisableTorchFunction
-from torch._C import _len_torch_dispatch_stack as active_dispatch_modes
+from torch._C import DisableTorchFunction, _len_torch_dispatch_stack as active_dispatch_modes
 
 to_cpu, to_numpy = Tensor.cpu, Tensor.numpy
 STARTED_AT = time.monotonic() - time.process_time()  # about when this process began: so far it has only imported
@@ -67,13 +71,10 @@ PRESETS = {
 }
 TINYSTORIES = ("2d5a1467fff1081b", "5852b56a2bd28fd9", "a26307300439e943", "d243063613e5a057")
 TINYSTORIES = [f"train-0000{i}-of-00004-{key}" for i, key in enumerate(TINYSTORIES)]
-SHARDS = {  # data set -> its folder on the hub, training files, held-out file
-    "climbmix": ("karpathy/climbmix-400b-shuffle/resolve/main/shard_", [f"{i:05d}" for i in range(6542)], "06542"),
-    "tinystories": (
-        "roneneldan/TinyStories/resolve/main/data/",
-        TINYSTORIES,
-        "validation-00000-of-00001-869c898b519ad725",
-    ),
+TINYSTORIES += ["validation-00000-of-00001-869c898b519ad725"]
+SHARDS = {  # data set -> its folder on the hub, its files; the last one is held out
+    "climbmix": ("karpathy/climbmix-400b-shuffle/resolve/main", [f"shard_{i:05d}" for i in range(6543)]),
+    "tinystories": ("roneneldan/TinyStories/resolve/main/data", TINYSTORIES),
 }
 AS_ORIGINAL = ("climbmix", "datacenter")  # data set and preset that are scored on the rows that the original is
 SPLITS = ("val", "test")
@@ -111,7 +112,7 @@ def stop(message: str, code: int = 2) -> NoReturn:
 
 
 def cache_root() -> Path:
-    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
+    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").expanduser().resolve()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -156,152 +157,160 @@ class Corpus(NamedTuple):
     folder: str  # its folder's name in the cache, without the preset
     signature: str  # of its text; when it changes, the data are prepared anew
     texts: Callable[[], Iterator[str]]  # the documents, read anew at every call
-    urls: dict[Path, str]  # files to download first
-    held: Path | None  # the one of them that val and test are cut from
+    urls: dict[Path, str] = {}  # files to download first
+    held: Path | None = None  # the one of them that val and test are cut from
+    cut: bool = False  # a document that is too long to be held out is cut into pieces
 
 
 def open_corpus(dataset: str, num_shards: int) -> Corpus:
     """The corpus of that name or path. Exit 2 where there is no text."""
     if dataset == "builtin":
-        return Corpus(dataset, dataset, "", builtin_texts, {}, None)
+        return Corpus(dataset, dataset, "", builtin_texts)
     if dataset in SHARDS:
-        folder, names, held = SHARDS[dataset]
+        place, (*names, held) = SHARDS[dataset]
         hub = os.environ.get("AUTORESEARCH_DATA_URL", "https://huggingface.co/datasets")
-        urls = [f"{hub}/{folder}{name}.parquet" for name in [*names[: max(1, num_shards)], held]]
-        *files, held = (cache_root() / "downloads" / dataset / Path(url).name for url in urls)
-        texts = partial(read_texts, files)
-        return Corpus(dataset, dataset, str(len(files)), texts, dict(zip([*files, held], urls)), held)
+        names, folder = [*names[: max(1, num_shards)], held], cache_root() / "downloads" / dataset
+        urls = {folder / f"{name}.parquet": f"{hub}/{place}/{name}.parquet" for name in names}
+        *files, held = urls
+        return Corpus(dataset, dataset, str(len(files)), partial(read_texts, files), urls, held)
     root = Path(dataset).resolve()
-    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-    files = [file for file in files if file.suffix.lower() in READERS]
+    found = {file: kind(file) for file in files_in(root, set())}
+    files = [file for file in found if found[file] in READERS]
+    files = [file for file in files if found[file] not in (".json", ".csv") or next(read_texts([file], sure=False), "")]
+    if others := [found[file] or "without an ending" for file in found.keys() - {*files}]:
+        print("left out:", ", ".join(f"{others.count(ending)} {ending}" for ending in sorted({*others})), flush=True)
     if not files:
-        kinds = ", ".join(READERS)
-        stop(f"No text in {root}: a data set is builtin, climbmix, tinystories, or a file or folder of {kinds} files.")
+        stop(f"No text in {root}: say builtin, climbmix, tinystories, or a file or folder of {' '.join(READERS)}.")
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key, signature = (hashlib.sha256(text.encode()).hexdigest() for text in (str(root), repr(stats)))
-    return Corpus(str(root), f"{root.stem}-{key[:8]}", signature, partial(read_texts, files), {}, None)
+    return Corpus(str(root), f"{root.stem}-{key[:8]}", signature, partial(read_texts, files), cut=True)
+
+
+def files_in(path: Path, seen: set[Path]) -> Iterator[Path]:
+    """The file, or all in the folder and in linked ones, each once as links may loop. A closed folder is as a file."""
+    if path.is_file() or path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+        yield path
+    elif path.is_dir() and path.resolve() not in seen:
+        seen.add(path.resolve())
+        yield from chain.from_iterable(files_in(inner, seen) for inner in sorted(path.iterdir()))
+
+
+def kind(file: Path) -> str:
+    """The ending that tells how a file is read; .gz may follow it."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def builtin_texts() -> Iterator[str]:
-    """Source files of the running Python's standard library, without those of which there are near-copies: with one on
-    either side of a split, memorizing would look like learning."""
+    """Sources of the running Python's library without near-copies: one on either side of a split rewards memorizing."""
     left_out = {"test", "tests", "idle_test", "idlelib", "encodings", "lib2to3", "site-packages", "dist-packages"}
-    root = Path(sysconfig.get_path("stdlib"))
+    root = Path(os.__file__).parent
     for path in sorted(root.rglob("*.py")):
         if not left_out & set(path.relative_to(root).parts) and (text := path.read_bytes().decode("utf-8", "replace")):
             yield text
 
 
-def read_texts(files: list[Path]) -> Iterator[str]:
-    """The documents of text files, none of them empty. Exit 2 for what is not text."""
+def read_texts(files: list[Path], longest: float = math.inf, sure: bool = True) -> Iterator[str]:
+    """The documents of text files, none empty, none of more bytes than `longest`. Exit 2 if a file cannot be read; one
+    whose first record has no text, which may be about something else, has no documents unless it is `sure`."""
     piece = min(max(sum(file.stat().st_size for file in files) // 200, 500), 100_000)
     for file in files:
-        yield from filter(None, READERS[file.suffix.lower()](file, piece))
+        unpack, number = gzip.open if file.suffix.lower() == ".gz" else open, 0
+        try:
+            with unpack(file, "rt", encoding="utf-8-sig", newline="") as stream:
+                for number, text in enumerate(READERS[kind(file)](stream, piece), 1):
+                    if "\0" in text and READERS[kind(file)] is plain_texts:
+                        raise UnicodeError
+                    long = len(text.encode()) > longest
+                    yield from filter(None, plain_texts(io.StringIO(text), longest // 10 + 1) if long else [text])
+        except UnicodeError:
+            shown = f"{'cat' if unpack is open else 'zcat'} {shlex.quote(str(file))}"
+            stop(f"{file} is binary or not UTF-8: `{shown} | iconv -f GB18030 -t UTF-8 > NEW` (or LATIN1) converts it.")
+        except (json.JSONDecodeError, csv.Error, KeyError, TypeError, AttributeError):
+            if number or sure:
+                stop(f'{file}, line or record {number + 1}: no "text" string.')
+        except (ValueError, NotImplementedError, OSError, EOFError, zlib.error) as error:
+            stop(f"{file} cannot be read as {kind(file)[1:]}: {str(error).splitlines()[0]}")
 
 
-def plain_texts(file: Path, piece: int) -> Iterator[str]:
-    """A text file in pieces of about `piece` characters, cut at blank lines where there are any, else at line ends."""
-    with open(file, encoding="utf-8", errors="replace", newline="") as stream:
-        text = ""
-        while line := stream.readline(piece):
-            if "\0" in line:
-                stop(f"{file} is binary, not text.")
-            text += line
-            if len(text) >= piece or len(text) >= piece // 2 and not line.strip():
-                yield text
-                text = ""
-        yield text
+def plain_texts(stream: TextIO, piece: int) -> Iterator[str]:
+    """A text in pieces of about `piece` characters, cut at blank lines where there are any, else at line ends."""
+    text = ""
+    while line := stream.readline(piece):
+        text += line
+        if len(text) >= piece or len(text) >= piece // 2 and not line.strip():
+            yield text
+            text = ""
+    yield text
 
 
-def jsonl_texts(file: Path, piece: int) -> Iterator[str]:
-    """The "text" of every line of a file of JSON objects."""
-    with open(file, encoding="utf-8", errors="replace") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                text = line.strip() and json.loads(line)["text"] or ""
-                yield text.encode("utf-8", "replace").decode()  # a lone surrogate is no text
-            except (ValueError, TypeError, KeyError, AttributeError):
-                stop(f'{file}, line {number}: not a JSON object with a "text" string.')
+def json_texts(stream: TextIO, piece: int) -> Iterator[str]:
+    """The "text" of every JSON object, or the JSON string, one a line or all in a list."""
+    listed = stream.readline().lstrip().startswith("[")
+    stream.seek(0)
+    for record in json.load(stream) if listed else (line.strip() and json.loads(line) for line in stream):
+        text = record if isinstance(record, str) else record["text"]
+        yield (text or "").encode("utf-8", "replace").decode()  # a lone surrogate is no text
 
 
-def parquet_batches(file: Path) -> Iterator[list[str]]:
-    """The "text" column in order, PACK_REFILL documents at a time, fewer at the end of a row group. Exit 2 without."""
+def csv_texts(stream: TextIO, piece: int) -> Iterator[str]:
+    """The column "text" of a table with a header. Raises TypeError for a row that is too long, or too short for it."""
+    csv.field_size_limit(2**31 - 1)
+    return (row["text"] + "" for row in csv.DictReader(stream, restkey="text", strict=True))
+
+
+def parquet_batches(file) -> Iterator[list[str]]:
+    """The "text" column in order, PACK_REFILL documents at a time, fewer at the end of a row group."""
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            columns = {column.name: str(column.type) for column in parquet.schema_arrow}
-            if "string" not in columns.get("text", ""):
-                stop(f'{file} has no column "text" of strings, only {columns}.')
-            for group in range(parquet.num_row_groups):
-                for batch in parquet.iter_batches(PACK_REFILL, [group], ["text"]):
-                    yield [text or "" for text in batch.column(0).to_pylist()]
-    except (pyarrow.ArrowException, OSError) as error:
-        stop(f"{file} cannot be read as parquet: {str(error).splitlines()[0]}")
+    with pyarrow.parquet.ParquetFile(file) as parquet:
+        if "text" not in (names := parquet.schema_arrow.names):
+            raise ValueError(f'it has no column "text", only {names}')
+        for group in range(parquet.num_row_groups):
+            for batch in parquet.iter_batches(PACK_REFILL, [group], ["text"]):
+                yield [text or "" for text in batch.column("text").to_pylist()]
 
 
-def parquet_texts(file: Path, piece: int) -> Iterator[str]:
-    return chain.from_iterable(parquet_batches(file))
-
-
-READERS = dict.fromkeys((".txt", ".md", ".py"), plain_texts) | {".jsonl": jsonl_texts, ".parquet": parquet_texts}
+READERS = dict.fromkeys((".txt", ".md", ".py"), plain_texts) | dict.fromkeys((".jsonl", ".ndjson", ".json"), json_texts)
+READERS |= {".csv": csv_texts, ".parquet": lambda stream, _: chain.from_iterable(parquet_batches(stream.buffer))}
 
 
 def download(url: str, path: Path) -> None:
-    """Gets a file, going on where an earlier attempt stopped. Exit 2 if it cannot be had."""
-    from requests import RequestException
+    """Gets a file, going on where an earlier attempt stopped. Exit 2 if it cannot be had as the server promises it."""
+    from requests import RequestException, get
 
+    part = path.with_suffix(".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     for pause_s in (1, 2, 4, 8, 16, None):
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={part.stat().st_size if part.exists() else 0}-"}
         try:
-            return fetch(url, path.with_suffix(".part")).replace(path)
+            with get(url, headers=headers, stream=True, timeout=30) as response:
+                if response.status_code == 416:  # nothing comes after so many bytes
+                    part.unlink(missing_ok=True)
+                response.raise_for_status()
+                with open(part, "ab" if response.status_code == 206 else "wb") as file:
+                    file.writelines(response.iter_content(1 << 16))
+            tags = [answer.headers.get("X-Linked-ETag", "").strip('"') for answer in (*response.history, response)]
+            if all(len(tag) != 64 or tag == sha256(part) for tag in tags):
+                return part.replace(path)
+            part.unlink()
+            raise RequestException("what came is not the file that the server promised")
         except RequestException as error:
             if pause_s is None or getattr(error.response, "status_code", 0) in (401, 403, 404):
                 stop(f"Cannot download {url}: {error}; the same command goes on where this one stopped.")
         time.sleep(pause_s)
 
 
-def fetch(url: str, part: Path) -> Path:
-    """Appends to `part` what it lacks; deletes it if that is not what the server promised. Raises RequestException."""
-    import requests
-
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
-    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-        if response.status_code == 416:  # nothing comes after so many bytes
-            part.unlink(missing_ok=True)
-        response.raise_for_status()
-        have = have if response.status_code == 206 else 0
-        with open(part, "ab" if have else "wb") as file:
-            file.writelines(response.iter_content(1 << 16))
-    length = response.headers.get("Content-Length")
-    tags = [answer.headers.get("X-Linked-ETag", "").strip('"') for answer in (*response.history, response)]
-    hashes = [tag for tag in tags if len(tag) == 64]
-    if length and part.stat().st_size != have + int(length) or hashes and sha256(part) not in hashes:
-        part.unlink()
-        raise requests.RequestException("what came is not the file that the server promised")
-    return part
-
-
-def train_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> list[bytes]:
-    """Writes tokenizer.json; returns the bytes of all tokens that are not special, fewer if no more pairs can merge."""
+def train_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None:
+    """Writes tokenizer.json, with fewer tokens if no more pairs can merge."""
     import rustbpe
 
-    def beginnings() -> Iterator[str]:
-        chars = 0
-        for text in texts:
-            yield text[:TOKENIZER_DOC_CHARS]
-            chars += min(len(text), TOKENIZER_DOC_CHARS)
-            if chars >= TOKENIZER_CHARS:
-                return
-
+    texts, counted = tee(text[:TOKENIZER_DOC_CHARS] for text in texts)
+    enough = takewhile(lambda pair: pair[1] < TOKENIZER_CHARS, zip(texts, accumulate(map(len, counted), initial=0)))
     tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator(beginnings(), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
-    pieces = [bytes(piece) for piece, _ in tokenizer.get_mergeable_ranks()]
-    merges = [base64.b64encode(piece).decode() for piece in pieces]
+    tokenizer.train_from_iterator((text for text, _ in enough), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+    merges = [base64.b64encode(bytes(piece)).decode() for piece, _ in tokenizer.get_mergeable_ranks()]
     saved = {"pattern": SPLIT_PATTERN, "merges": merges, "special_tokens": SPECIAL_TOKENS}
     write_text(folder / "tokenizer.json", json.dumps(saved))
-    return pieces
 
 
 def load_tokenizer(folder: Path):
@@ -316,10 +325,9 @@ def load_tokenizer(folder: Path):
 
 def encoded(encoding, batches: Iterable[list[str]]) -> Iterator[list[np.ndarray]]:
     """The batches' documents as uint16 tokens, BOS first. What looks like a special token is ordinary text."""
-    bos = encoding.n_vocab - len(SPECIAL_TOKENS)
     for batch in batches:
         documents = encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count())
-        yield [np.array([bos, *tokens], np.uint16) for tokens in documents]
+        yield [np.array([encoding.n_vocab - len(SPECIAL_TOKENS), *tokens], np.uint16) for tokens in documents]
 
 
 def digest(text: str) -> int:
@@ -327,19 +335,21 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def hold_out(corpus: Corpus, preset: Preset) -> tuple[dict[str, list[str]], set[int]]:
+def hold_out(corpus: Corpus, preset: Preset) -> tuple[Corpus, dict[str, list[str]], set[int]]:
     """The documents of val and of test, and the digests of all that must not be trained on: the first of the corpus'
     held-out file or, without one, those with the smallest digests, so that equal documents fall on the same side. One
-    that is half a split long would not be a sample, and trains instead."""
+    half a split long would be no sample: it is cut, in the corpus that is returned, or trains instead."""
     texts = partial(read_texts, [corpus.held]) if corpus.held else corpus.texts
     sizes = {digest(text): len(text.encode()) for text in texts()}
     share = min(preset.val_tokens * BYTES_PER_TOKEN, sum(sizes.values()) // (2 if corpus.held else HELD_SHARE))
+    if corpus.cut and max(sizes.values(), default=0) > share // 2:
+        return hold_out(corpus._replace(texts=partial(texts, share // 2), cut=False), preset)
     order = [key for key in (sizes if corpus.held else sorted(sizes)) if sizes[key] <= share // 2]
     first, last = np.searchsorted(np.cumsum([sizes[key] for key in order]), [share, 2 * share], side="right")
     wanted = set(order[:last])
     found = {key: text for text in texts() if (key := digest(text)) in wanted}
     held = {"val": [found[key] for key in order[:first]], "test": [found[key] for key in order[first:last]]}
-    return held, set(sizes) if corpus.held else wanted
+    return corpus, held, set(sizes) if corpus.held else wanted
 
 
 def pack_best_fit(batches: Iterable[list[np.ndarray]], capacity: int) -> Iterator[np.ndarray]:
@@ -373,19 +383,13 @@ def make_rows(encoding, preset: Preset, texts: dict[str, list[str]], packed_from
             starts = range(0, len(stream) - length, length)[:count]
             rows[split] = np.array([stream[start : start + length + 1] for start in starts])
     if min(map(len, rows.values())) < MIN_ROWS:
-        needs = f"several documents, in all about {MIN_ROWS * length * HELD_SHARE * BYTES_PER_TOKEN // 1000} kB"
+        needs = f"about {MIN_ROWS * length * HELD_SHARE * BYTES_PER_TOKEN // 1000} kB, not counting repeats"
         stop(f"Too little text to train on, choose by and test on: this preset needs {needs}.")
     return rows
 
 
-def count_bytes(rows: dict[str, np.ndarray], pieces: list[bytes]) -> dict[str, int]:
-    """Bytes of all targets of each split; a special token, after the last piece, has none."""
-    sizes = np.array([*map(len, pieces), *[0] * len(SPECIAL_TOKENS)])
-    return {split: int(sizes[rows[split][:, 1:]].sum()) for split in SPLITS}
-
-
-def write_stream(folder: Path, encoding, texts: Iterator[str]) -> tuple[int, int]:
-    """Writes train.bin and train_docs.npy; returns the number of tokens and of documents."""
+def write_stream(folder: Path, encoding, texts: Iterator[str]) -> dict[str, int]:
+    """Writes train.bin and train_docs.npy; returns the number of tokens and of documents for meta.json."""
     lengths = [0]
     with open(folder / "train.bin", "wb") as file:
         for batch in encoded(encoding, iter(lambda: list(islice(texts, 128)), [])):
@@ -393,7 +397,7 @@ def write_stream(folder: Path, encoding, texts: Iterator[str]) -> tuple[int, int
             file.write(np.concatenate(batch))
     ends = np.cumsum(lengths)
     np.save(folder / "train_docs.npy", ends[:-1])
-    return int(ends[-1]), len(lengths) - 1
+    return {"train_tokens": int(ends[-1]), "train_docs": len(lengths) - 1}
 
 
 def build(folder: Path, corpus: Corpus, preset_name: str) -> None:
@@ -405,22 +409,24 @@ def build(folder: Path, corpus: Corpus, preset_name: str) -> None:
             said(f"downloading {path.name}")
             download(url, path)
     said("holding out val and test")
-    texts, held = hold_out(corpus, preset)
+    corpus, texts, held = hold_out(corpus, preset)
     train_texts = partial(filter, lambda text: digest(text) not in held)
     said("training the tokenizer")
-    tokenizer_texts = corpus.texts() if as_original else train_texts(corpus.texts())
-    pieces = train_tokenizer(folder, tokenizer_texts, preset.vocab_size)
+    train_tokenizer(folder, corpus.texts() if as_original else train_texts(corpus.texts()), preset.vocab_size)
     encoding = load_tokenizer(folder)
     said("packing val and test")
     rows = make_rows(encoding, preset, texts, corpus.held if as_original else None)
     for split in SPLITS:
         (folder / f"{split}.bin").write_bytes(rows[split].tobytes())
     said("encoding the training text")
-    tokens, documents = write_stream(folder, encoding, train_texts(corpus.texts()))
-    original_pieces = [piece.decode("utf-8", "replace").encode() for piece in pieces]
-    meta = {"format": FORMAT, "preset": preset_name, "vocab_size": encoding.n_vocab, "seq_len": preset.seq_len}
-    meta |= {"train_tokens": tokens, "train_docs": documents, "rows": {split: len(rows[split]) for split in SPLITS}}
-    meta |= {"bytes": count_bytes(rows, pieces), "original_bytes": count_bytes(rows, original_pieces)}
+    meta = {"rows": {split: len(rows[split]) for split in SPLITS}}
+    meta |= write_stream(folder, encoding, train_texts(corpus.texts()))
+    meta |= {"format": FORMAT, "preset": preset_name, "vocab_size": encoding.n_vocab, "seq_len": preset.seq_len}
+    pieces = [encoding.decode_single_token_bytes(token) for token in range(encoding.n_vocab - len(SPECIAL_TOKENS))]
+    shown = [piece.decode("utf-8", "replace").encode() for piece in pieces]
+    for name, counted in ("bytes", pieces), ("original_bytes", shown):
+        sizes = np.array([*map(len, counted), *[0] * len(SPECIAL_TOKENS)])
+        meta[name] = {split: int(sizes[rows[split][:, 1:]].sum()) for split in SPLITS}
     meta["sha256"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     fingerprint = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
     meta |= {"dataset": corpus.name, "signature": corpus.signature, "fingerprint": fingerprint}
@@ -450,7 +456,6 @@ def prepare(dataset: str | None, preset_name: str, num_shards: int) -> None:
         meta = read_json(folder / "meta.json")
     rows = f"{meta['rows']['val']} val and {meta['rows']['test']} test rows of {meta['seq_len']}"
     print(f"Ready: {meta['train_tokens'] / 1e6:.1f} M training tokens, vocabulary {meta['vocab_size']}, {rows}.")
-    print("Next: `python train.py` makes one run, `python agent.py` a session.")
 
 
 def detect_preset() -> str:
@@ -639,10 +644,9 @@ class Data:
         gc.collect()  # the copies, which train.py may have told the collector to leave alone
         _, (stream, starts) = receive(self._files)
         self._started = time.monotonic()
-        tokens = torch.from_numpy(np.memmap(stream, dtype=np.int16, mode="c"))  # no id needs the sixteenth bit
-        self._tokens = tokens if self.device.type == "cpu" else tokens.to(self.device)
+        tokens = np.memmap(stream, dtype=np.int16, mode="c")  # no id needs the sixteenth bit
+        self._tokens, self.num_tokens = torch.from_numpy(tokens).to(self.device), len(tokens)
         self.doc_starts = torch.from_numpy(np.load(starts)).to(self.device)  # int64 (documents,)
-        self.num_tokens = len(tokens)
 
     def gather(self, starts, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows x, y, int64 (B, length), of the stream at starts (B,); y is x one token later. Raises ValueError if one
@@ -651,8 +655,7 @@ class Data:
         last = self.num_tokens - length - 1
         if starts.device.type == "cpu" and starts.numel() and not 0 <= starts.min() <= starts.max() <= last:
             raise ValueError(f"gather: windows of {length} tokens start between 0 and {last}, not at {starts.tolist()}")
-        offsets = torch.arange(length + 1, device=self.device)
-        windows = self._tokens[starts.to(self.device)[:, None] + offsets].long()
+        windows = self._tokens[starts.to(self.device)[:, None] + torch.arange(length + 1, device=self.device)].long()
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def elapsed(self) -> float:
@@ -683,22 +686,19 @@ def load() -> Data:
 def keep_memory() -> None:
     """Has glibc keep what is freed: else every step on the CPU gets its large tensors anew, in 10,000 page faults."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        import ctypes
-
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; in bytes
             ctypes.CDLL(None).mallopt(option, 2**31 - 1)
 
 
 def receive(paths: list[Path]) -> tuple[str, list]:
     """A message and open files: what agent.py hands over, once, in place of those files; by hand the files."""
-    message, descriptors = b"", []
-    if channel := os.environ.get("AUTORESEARCH_HANDOVER_FD"):
-        with socket.socket(fileno=int(channel)) as channel:
-            channel.sendall(b"start\n")
-            message, descriptors, _, _ = socket.recv_fds(channel, 1024, len(paths))
-        if not descriptors:
-            stop("agent.py ended before it handed over the data.")
-    descriptors = descriptors or [os.open(path, os.O_RDONLY) for path in paths]
+    if not (channel := os.environ.get("AUTORESEARCH_HANDOVER_FD")):
+        return "", [open(path, "rb") for path in paths]
+    with socket.socket(fileno=int(channel)) as channel:
+        channel.sendall(b"start\n")
+        message, descriptors, _, _ = socket.recv_fds(channel, 1024, len(paths))
+    if not descriptors:
+        stop("agent.py ended before it handed over the data.")
     return message.decode(), [os.fdopen(descriptor, "rb") for descriptor in descriptors]
 
 
@@ -798,8 +798,7 @@ def print_summary(result: dict, facts: dict, meta: dict) -> None:
 
 @torch.no_grad()
 def sample(run_dir: Path, prompt: str) -> None:
-    """Prints the prompt and up to 200 tokens more, to the end of a document. A folder that holds meta.json and
-    tokenizer.json, such as best/, needs no prepared data."""
+    """Prints the prompt and up to 200 tokens more, to a document's end. A folder with meta.json, as best/, will do."""
     if (run_dir / "meta.json").is_file():
         os.environ.update(AUTORESEARCH_CACHE=str(run_dir.parent), AUTORESEARCH_DATA=run_dir.name)
     folder, meta = current()
@@ -834,8 +833,11 @@ def main() -> None:
             os._exit(score(args.run_dir.resolve(), args.split))  # what a model left to do at the exit is not done
         if args.command == "sample":
             return sample(args.run_dir.resolve(), args.prompt)
-        os.environ["AUTORESEARCH_CACHE"] = args.cache or str(cache_root())
+        usual = cache_root()
+        os.environ["AUTORESEARCH_CACHE"] = args.cache or str(usual)
         prepare(args.dataset, args.preset, args.num_shards)
+        where = "" if cache_root() == usual else f"AUTORESEARCH_CACHE={shlex.quote(str(cache_root()))} "
+        print(f"Next: `{where}python train.py` makes one run, `{where}python agent.py` a session.")
     except KeyboardInterrupt:
         stop("Interrupted; the same command goes on.", 130)
     except OSError as error:

@@ -1,11 +1,16 @@
 """The data: texts, splits, tokens, rows, downloads, interruptions, bad input: pytest tests/test_data.py"""
 
+import csv
+import gzip
 import hashlib
 import http.server
+import io
 import json
 import os
 import random
+import re
 import resource
+import shlex
 import subprocess
 import sys
 import threading
@@ -41,7 +46,7 @@ def write_texts(folder: Path) -> Path:
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts[:200]))
     write_parquet(folder / "deep" / "b.parquet", texts[100:] * 2)
     (folder / "deep" / "c.md").write_text("\n".join(documents(20, seed=1)), newline="")
-    (folder / "d.txt").write_bytes("\r\n\r\n".join(documents(20, seed=2)).encode() + b"broken \xe7\x81")
+    (folder / "d.txt").write_bytes("\r\n\r\n".join(documents(20, seed=2)).encode())
     return folder
 
 
@@ -162,6 +167,66 @@ def test_a_long_file_is_cut_into_pieces_that_make_it_whole_again(tmp_path):
     assert "".join(pieces := list(prepare.read_texts([tmp_path / "book.txt"]))) == text and len(pieces) > 50
 
 
+def test_every_kind_of_text_is_read_and_other_files_are_named(tmp_path, cache, command):
+    folder, linked, texts = tmp_path / "texts", tmp_path / "linked", ["long " * 30_000, *documents(299)]
+    folder.mkdir(), linked.mkdir()
+    lines = [json.dumps({"id": 1, "text": text}) for text in texts]
+    table = "\ufeffid,text\r\n" + "".join(f'1,"{text}, ""cited"""\r\n' for text in texts[:40])
+    (folder / "a.csv").write_text(table, encoding="utf-8", newline="")
+    (folder / "c.json").write_text(json.dumps([*texts[40:60], *map(json.loads, lines[60:80])], indent=1))
+    (folder / "d.json").write_text("\n".join(lines[80:120]))
+    (folder / "e.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n\n".join(lines[120:160]).encode())
+    (folder / "f.JSONL.gz").write_bytes(gzip.compress("\n".join(lines[160:200]).encode()))
+    (folder / "g.ndjson").write_text("\n".join(lines[200:]))
+    (linked / "h.txt").write_bytes("\ufeffmarked as UTF-8".encode())
+    (linked / "i.md.gz").write_bytes(gzip.compress(b"packed"))
+    (folder / "linked").symlink_to(linked)
+    (linked / "back").symlink_to(folder)  # a loop of links
+    for name in ("package.json", "numbers.csv", "1.pdf", "2.PDF", "LICENSE"):
+        (folder / name).write_text('{"name": "x"}')
+    code, output, _ = command("--dataset", folder)
+    assert code == 0 and output.splitlines()[0] == "left out: 1 .csv, 1 .json, 2 .pdf, 1 without an ending"
+    read = list(prepare.open_corpus(str(folder), 10).texts())
+    assert read == [*(f'{text}, "cited"' for text in texts[:40]), *texts[40:], "marked as UTF-8", "packed"]
+
+
+@pytest.mark.parametrize("name, encoding", [("a b.txt", "GB18030"), ("c.jsonl.gz", "LATIN1"), ("d.csv", "UTF-16")])
+def test_another_encoding_is_never_guessed_but_named_with_what_to_type(tmp_path, cache, command, name, encoding):
+    text = "text\n" + "".join(documents(300)).translate(dict.fromkeys(map(ord, "火曜日🙂🙃"))) + "Öl" * 9999
+    plain = text.encode(encoding)
+    write_texts(tmp_path / "texts")
+    (tmp_path / "texts" / name).write_bytes(gzip.compress(plain) if name.endswith("gz") else plain)
+    code, _, errors = command("--dataset", tmp_path / "texts")
+    assert code == 2 and errors.startswith(f"{tmp_path}/texts/{name} is ") and errors.count("\n") == 1
+    advice = re.search("`(.*)`", errors)[1].replace("GB18030", encoding)
+    subprocess.run(advice, shell=True, cwd=tmp_path, check=True)
+    assert (tmp_path / "NEW").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_books_are_cut_whatever_they_come_in_and_short_documents_stay_whole(tmp_path, cache, command, kind):
+    texts = ["\n".join(documents(90, seed, words=20)) for seed in range(10)] + documents(9, seed=50, words=200)
+    lines, table = "\n".join(json.dumps({"text": text}) for text in texts), io.StringIO()
+    csv.writer(table).writerows([["text"], *([text] for text in texts)])
+    path = write_parquet(tmp_path / f"books.{kind}", texts)
+    if kind != "parquet":
+        path.write_text({"jsonl": lines, "json": json.dumps(texts), "csv": table.getvalue()}[kind], newline="")
+    assert command("--dataset", path)[0] == 0
+    corpus, _, held = prepare.hold_out(prepare.open_corpus(str(path), 10), prepare.PRESETS["cpu"])
+    documents_now, split = list(corpus.texts()), split_texts(*prepare.current())
+    assert "".join(documents_now) == "".join(texts) and documents_now[-9:] == texts[10:] and len(split["val"]) > 5
+    assert [text for text in documents_now if prepare.digest(text) not in held] == split["train"]
+
+
+def test_the_next_command_finds_the_data_in_another_cache(tmp_path, cache, command, texts_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "`python agent.py`" in command("--dataset", texts_folder, "--cache", cache)[1].splitlines()[-1]
+    output = command("--dataset", texts_folder, "--cache", "it's here")[1]
+    setting, *words = shlex.split(re.findall("`(.*?)`", output.splitlines()[-1])[1])
+    assert words == ["python", "agent.py"] and setting == f"AUTORESEARCH_CACHE={tmp_path}/it's here"
+    assert (tmp_path / "it's here" / "current").exists()
+
+
 def packed_plainly(documents, capacity):
     """The original's rows by the words of its description, in lists."""
     groups = [documents[i : i + 300] for i in range(0, len(documents), 300)]
@@ -222,7 +287,8 @@ class Shards(http.server.BaseHTTPRequestHandler):
 def shards(tmp_path, monkeypatch):
     """A hub on port 0 with two training shards and the held-out one, which share some documents."""
     held = documents(1200, seed=3, words=8)
-    train = [documents(500, seed=4) + held[:3], documents(500, seed=5)]
+    held += documents(1, seed=6, words=4000)  # longer than what can be held out: never cut
+    train = [documents(500, seed=4) + held[:3], documents(500, seed=5) + documents(1, seed=7, words=4000)]
     texts = dict(zip(["shard_00000.parquet", "shard_00001.parquet", "shard_06542.parquet"], [*train, held]))
     files = {name: write_parquet(tmp_path / name, content).read_bytes() for name, content in texts.items()}
     handler = type("Handler", (Shards,), {"files": files, "texts": texts, "faults": [], "log": []})
@@ -305,9 +371,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, cache, command):
         "short.txt": ("".join(documents(3)).encode(), "Too little text"),
         "fake.parquet": (b"text", "cannot be read as parquet"),
         "damaged.parquet": (damaged, "cannot be read as parquet"),
-        "body.parquet": (None, "only {'body': 'string'}"),
-        "list.jsonl": (b'{"text": "fine"}\n["text"]\n', "line 2"),
+        "body.parquet": (None, "only ['body']"),
+        "list.jsonl": (b'{"text": "fine"}\n["text"]\n', "record 2"),
         "body.jsonl": (b'{"body": "fine"}\n', '"text" string'),
+        "list.json": (b'["fine", {"text": 1}]', "record 2"),
+        "wide.csv": (b'text,id\n"fine, too",1\nfine, but,2\n', "record 2"),
+        "open.csv": (b'text\nfine\n"and open', "record 2"),
+        "about.json": (b'{"name": "no text"}', "No text in "),
+        "torn.txt.gz": (gzip.compress("".join(documents(300)).encode())[:-99], "cannot be read as txt"),
+        "utf16.txt": ("fine\n".encode("utf-16-le") * 99, "is binary"),
+        "repeats.jsonl": (b'{"text": "all the same text"}\n' * 9999, "not counting repeats"),
     }
     for name, (content, words) in cases.items():
         if content is not None:
