@@ -298,7 +298,7 @@ class Model(torch.nn.Module):
 
 
 def test_the_clock_and_windows_of_the_stream(monkeypatch):
-    assert prepare.load().budget_s == prepare.TIME_BUDGET_S == 300
+    assert prepare.load().budget_s == prepare.TASK["budget_s"] == 300
     monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "0.2")
     data = prepare.load()
     assert not hasattr(data, "num_tokens") and data.elapsed() == 0.0 and not data.expired()
