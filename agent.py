@@ -1598,6 +1598,8 @@ def row_line(task: Task, r: Row) -> str:
 
 
 def noise_line(state: State) -> str:
+    if not state.task.noise:
+        return "runs of one program are equal"
     sd, repeats = state.noise
     return f"noise of a seed {sd:.4f} (standard deviation, from {repeats} repeats and the task's prior)"
 
@@ -1616,8 +1618,8 @@ def standing(state: State) -> str:
 def believed(state: State) -> str:
     """How far the numbers of a search can be believed: the verified gain, the noise."""
     kept = any(r.status == "keep" for r in candidates(state.search))
-    unsure = "Not verified on fresh seeds (--verify)." if kept else "Nothing was kept: there is no gain."
-    return f"{state.verified()[1] or unsure}\n{noise_line(state)}"
+    unsure = "Not verified on fresh seeds (--verify)." * (state.task.noise > 0)
+    return f"{state.verified()[1] or (unsure if kept else 'Nothing was kept: there is no gain.')}\n{noise_line(state)}".strip()
 
 
 def draw(state: State, path: Path) -> None:
