@@ -1,0 +1,67 @@
+"""How far the two geometric example tasks come, beside what is published: python tests/benchmarks/bench_tasks.py
+
+Of each: the first run by hand under five seeds, then a session of `--proposer search` in a temporary clone, one hour, by
+the same command as a user's. Prints both beside the published value, and the rows that were kept. Two hours and a quarter
+in all; with a name (circles or distances) that one alone. Each computes on one core.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from conftest import commit_all, make_checkout  # noqa: E402
+
+PUBLISHED = {"circles": 2.635983, "distances": 12.88923}
+SEEDS = (42, 43, 44, 45, 46)
+
+
+def first_run(task: Path, folder: Path, seed: int) -> float:
+    """The score of the task's train.py as it is, run and scored by hand. Raises CalledProcessError."""
+    folder.mkdir()
+    env = os.environ | {"AUTORESEARCH_SEED": str(seed), "PYTHONPATH": str(task)}
+    for args in [task / "train.py"], [task / "prepare.py", "score", "."]:
+        subprocess.run([sys.executable, *args], cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((folder / "score.json").read_text())["score"]
+
+
+def session(task: Path, folder: Path, hours: float) -> list[dict]:
+    """The rows of a session on the task in a new clone."""
+    checkout = make_checkout(folder / "clone", folder / "cache")
+    place = checkout.root / "tests" / "tasks" / task.name
+    shutil.copytree(task, place, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    commit_all(checkout)
+    command = [sys.executable, "agent.py", "--task", str(place), "--proposer", "search", "--hours", str(hours)]
+    subprocess.run(command, cwd=checkout.root, env=checkout.env(), check=True)
+    head, *lines = (place / "results.tsv").read_text().splitlines()
+    return [dict(zip(head.split("\t"), line.split("\t"))) for line in lines]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("names", nargs="*", default=list(PUBLISHED), metavar="NAME", help="circles, distances (both)")
+    p.add_argument("--hours", type=float, default=1.0, metavar="H", help="of search (1)")
+    args = p.parse_args()
+    os.environ.update(GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_SYSTEM=os.devnull, OMP_NUM_THREADS="1")
+    for name in args.names:
+        task = ROOT / "tests" / "tasks" / name
+        with tempfile.TemporaryDirectory() as folder:
+            first = [first_run(task, Path(folder) / str(seed), seed) for seed in SEEDS]
+            rows = session(task, Path(folder), args.hours)
+        metric, kept = list(rows[0])[1], [row for row in rows if row["status"] == "keep"]
+        print(f"\n{name}: {metric}, published {PUBLISHED[name]}")
+        print(f"  first runs, seeds {SEEDS}: {', '.join(f'{score:.6f}' for score in first)}")
+        print(f"  after {args.hours:g} h of search, {len(rows)} runs: {kept[-1][metric]}")
+        for row in kept:
+            print(f"    {row['id']}  {row[metric]}  {row['description']}")
+
+
+if __name__ == "__main__":
+    main()
