@@ -23,7 +23,7 @@ def make() -> None:
     """Writes what agent.py must know. There are no data: the file that sets the rules is the fingerprint."""
     meta = {"format": 2, "dataset": "circles", "fingerprint": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     meta |= {"metric": "sum_of_radii", "lower_is_better": False, "budget_s": 60.0, "handed": [], "judged": {"val": []}}
-    meta |= {"noise": 0.0, "suspicious": 1.0}  # a packing is worth what is proved of it, however it was found
+    meta |= {"noise": 0.0, "plausible": [0.0, 13.0]}  # a packing is worth what is proved of it
     meta |= {"required": ["main", "load", "start", "finish"]}
     (CACHE / "circles").mkdir(parents=True, exist_ok=True)
     (CACHE / "circles" / "meta.json").write_text(json.dumps(meta))

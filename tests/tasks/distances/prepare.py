@@ -23,7 +23,7 @@ def make() -> None:
     """Writes what agent.py must know. There are no data: the file that sets the rules is the fingerprint."""
     meta = {"format": 2, "dataset": "distances", "fingerprint": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     meta |= {"metric": "squared_ratio", "lower_is_better": True, "budget_s": 60.0, "handed": [], "judged": {"val": []}}
-    meta |= {"noise": 0.0, "suspicious": 1.0}  # points are worth what is computed of them, however they were found
+    meta |= {"noise": 0.0, "plausible": [1.0, 1e6]}  # points are worth what is computed of them
     meta |= {"required": ["main", "load", "start", "finish"]}
     (CACHE / "distances").mkdir(parents=True, exist_ok=True)
     (CACHE / "distances" / "meta.json").write_text(json.dumps(meta))

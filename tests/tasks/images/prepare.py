@@ -43,7 +43,8 @@ def make() -> None:
             (folder / name).write_bytes(data.tobytes())
     data = b"".join((folder / name).read_bytes() for names in FILES.values() for name in names)
     meta = {"format": 2, "dataset": "images", "fingerprint": hashlib.sha256(data).hexdigest(), "metric": "accuracy"}
-    meta |= {"lower_is_better": False, "noise": 0.005, "suspicious": 0.1, "budget_s": 30.0, "handed": FILES["train"]}
+    meta |= {"lower_is_better": False, "noise": 0.005, "suspicious": 0.1, "plausible": [0.0, 1.0], "budget_s": 30.0}
+    meta |= {"handed": FILES["train"]}
     meta |= {"judged": {s: FILES[s] for s in ("val", "test")}, "required": "build_model main load start finish".split()}
     (folder / "meta.json").write_text(json.dumps(meta))
     (CACHE / "current").write_text("images")
