@@ -205,6 +205,7 @@ class Task:
     handed: tuple[str, ...] = ()  # files that training gets when its clock starts
     judged: dict = field(default_factory=lambda: {"val": []})  # by split, files that only the scorer gets; val chooses
     required: tuple[str, ...] = ("main",)  # what train.py must define or call
+    startup_s: float = STARTUP_S  # that a run may take before its clock starts
     plausible: tuple[float, ...] = (-math.inf, math.inf)  # between which a score is one
     suspicious: float = 0.05  # the share of a gain that is not believed at once
     conditions: str = ""  # what must be the same for scores to compare, in words
@@ -212,6 +213,19 @@ class Task:
     def gain(self, new: float, old: float) -> float:
         """How much better a score is than another: positive when better."""
         return old - new if self.lower_is_better else new - old
+
+
+CHECKS = {  # what must hold of a task, by what of meta.json says it
+    "metric": lambda task: re.fullmatch(r"\w+", task.metric),
+    "judged": lambda task: "val" in task.judged,
+    "handed, judged": lambda task: all(
+        (task.folder / name).is_file() for names in (task.handed, *task.judged.values()) for name in names
+    ),
+    "budget_s, startup_s": lambda task: 0 < min(task.budget_s, task.startup_s),
+    "noise, suspicious": lambda task: 0 <= min(task.noise, task.suspicious) <= max(task.noise, task.suspicious) < 1e9,
+    "plausible": lambda task: task.plausible[0] < task.plausible[1],
+    "required": lambda task: "".join(task.required),
+}
 
 
 @dataclass(frozen=True)
@@ -807,7 +821,7 @@ class State:
     def scores(self, verified: bool = False) -> dict[str, dict[int, float]]:
         """By program and seed, without those too good to be believed at once; verified: with the verification's."""
         found = defaultdict(dict)
-        for r in self.history:
+        for r in (*self.history, *self.mine):  # of equal programs and seeds this tag's, and its last, counts
             if r.score is not None and r.reason != TOO_GOOD and (verified or r.seed not in VERIFY_SEEDS):
                 found[r.text][r.seed] = r.score
         return found
@@ -900,7 +914,8 @@ class State:
         gains = {split: gain_of(*([run[split] for run in runs] for runs in held), others) for split in held[0][0]}
         if not self.task.lower_is_better:
             gains = {split: Gain(-gain.mean, -gain.high, -gain.low) for split, gain in gains.items()}
-        fresh, seen = list(gains.values())[-1], self.task.gain(self.bar, self.means[self.base.text])
+        fresh = [*(gain for split, gain in gains.items() if split != "val"), gains["val"]][0]
+        seen = self.task.gain(self.bar, self.means[self.base.text])
         luck = min(max(0.0, seen - gains["val"].mean), max(0.0, seen))
         shown = "" if fresh.low > 0 else "it is worse: " if fresh.high < 0 else "no gain is shown: "
         unused, val = (
@@ -1090,7 +1105,7 @@ def train(s: Session, folder: Path, seed: int) -> Result:
     log, budget_s, outputs, status = folder / "run.log", s.task.budget_s, ("checkpoint.pt", "facts.json"), ""
     for name in outputs:
         remove(folder / name)  # of an earlier attempt: every run starts from nothing
-    limits = s.config.startup_s, 1.25 * budget_s + KILL_S
+    limits = min(s.config.startup_s, s.task.startup_s), 1.25 * budget_s + KILL_S
     end = run_child(s, log, ["train.py"], limits, "data", s.task.handed, AUTORESEARCH_SEED=str(seed))
     take(folder, "run-cache", () if end.killed else outputs)
     late_s = (end.handed_s or 0) - 1.01 * budget_s - LATE_S
@@ -1115,13 +1130,14 @@ def score(s: Session, folder: Path, split: str) -> Result:
     end = run_child(s, log, args, (120.0, SCORING_S), secret, s.task.judged.get(split, ()))
     take(folder, "score-cache", (name,))
     found = read_facts(folder / name)
-    if read_facts(s.task.folder / "meta.json").get("fingerprint") != s.task.fingerprint:
+    if read_facts(s.task.folder / "meta.json").get("fingerprint", "") != s.task.fingerprint:
         raise UserError("the data were prepared anew while the session ran. Start again")
     if isinstance(found.get("invalid"), str):
         return Result("invalid", one_line(found["invalid"])[:200])
     value, (low, high) = number(found, "score"), s.task.plausible
-    honest = found.get("secret") == secret and value is not None and low <= value <= high
-    if honest and not end.killed and end.code == 0:
+    if found.get("secret") == secret and value is not None and not end.killed and end.code == 0:
+        if not low <= value <= high:
+            return Result("crash", f"scoring: {value:g} is not between {low:g} and {high:g}")
         return Result(blocks={split: found.get("blocks") or [value]}, measured={"score": value})
     blame = end.blame or busy(s, FREE_BYTES)
     reason = f"scoring: {end.killed or crash_reason(end.code, log_tail(log), True) or 'no score'}"
@@ -1252,7 +1268,8 @@ def request(s: Session, state: State, running: Job | None = None, ask: str = "")
     if numbers := [k for k in numbers if k.low is not None] or numbers:
         k = (rng := random.Random(state.next_id)).choice(numbers)  # another each time: small models copy what they see
         now += "\n\nAn example of a whole reply, for its form only, not its idea:\n\nHYPOTHESIS: it may be off.\n"
-        now += f"EXPECTED: -0.001\nDESCRIPTION: another {k.name}\nSET {k.name} = {moved(k, rng)}"
+        now += f"EXPECTED: {'-' if s.task.lower_is_better else '+'}0.001\nDESCRIPTION: another {k.name}\n"
+        now += f"SET {k.name} = {moved(k, rng)}"
     after = [*recent(s, state, running), *stuck]
     after += [f"# Your role this time: {role[0]}\n\n{role[1]}"] if role[1] else []
     room = s.chars - sum(map(len, (*before, notes, *after, ask or now)))
@@ -1599,8 +1616,10 @@ def row_line(task: Task, r: Row) -> str:
 
 def noise_line(state: State) -> str:
     if not state.task.noise:
-        return "runs of one program are equal"
+        return "the task counts no noise: a score stands as it was measured"
     sd, repeats = state.noise
+    if math.isnan(sd):
+        return "the noise of a seed is told where the data are prepared"
     return f"noise of a seed {sd:.4f} (standard deviation, from {repeats} repeats and the task's prior)"
 
 
@@ -1618,7 +1637,7 @@ def standing(state: State) -> str:
 def believed(state: State) -> str:
     """How far the numbers of a search can be believed: the verified gain, the noise."""
     kept = any(r.status == "keep" for r in candidates(state.search))
-    unsure = "Not verified on fresh seeds (--verify)." * (state.task.noise > 0)
+    unsure = "Not verified on fresh seeds (--verify)." * (state.task.noise != 0)
     return f"{state.verified()[1] or (unsure if kept else 'Nothing was kept: there is no gain.')}\n{noise_line(state)}".strip()
 
 
@@ -1924,27 +1943,29 @@ def open_checkout(config: Config) -> tuple[Config, bool]:
             raise UserError(f"{name} is not committed here ({error}). In a new folder: {start}") from None
     head = git(config, "symbolic-ref", "-q", "--short", "HEAD", default="")
     current, prefix = head.removeprefix("autoresearch/"), git(config, "rev-parse", "--show-prefix")
-    today = f"{Path(prefix).name}-{datetime.now():%b%d}".lower().strip("-")
+    today = re.sub(r"\W+", "-", f"{Path(prefix).name}-{datetime.now():%b%d}".lower()).strip("-")
     tag = config.tag or (current if current != head else today)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", tag) or tag.endswith((".", ".lock")) or ".." in tag:
-        raise UserError(f"--tag {tag}: use letters, digits, - and _")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", tag) or tag.endswith((".", ".lock")) or ".." in tag or tag == "data":
+        raise UserError(f"--tag {tag}: use letters, digits, - and _, and not just data")
     return replace(config, tag=tag, prefix=prefix), head == f"autoresearch/{tag}"
 
 
 def read_task(config: Config) -> Task | None:
     """The task that prepare.py made last, on this machine's hardware; None where there is none. Raises UserError."""
-    folder = config.cache / (read_text(config.cache / "current").strip() or "none")
-    meta = read_facts(folder / "meta.json")
+    folder, judge = config.cache / (read_text(config.cache / "current").strip() or "none"), config.root / "prepare.py"
+    meta, own = read_facts(folder / "meta.json"), config.cache.is_relative_to(config.root)
     if not meta or meta.get("format", META_FORMAT) != META_FORMAT:
         return None
+    if own and judge.stat().st_mtime > (folder / "meta.json").stat().st_mtime:  # what it makes may be another by now
+        return None
     found = {f.name: tuple(v) if isinstance(v := meta[f.name], list) else v for f in fields(Task) if f.name in meta}
-    kinds = {"str": str, "float": (int, float), "bool": bool, "tuple[str, ...]": tuple, "dict": dict}
-    kinds |= {"tuple[float, ...]": tuple}
-    odd = [f.name for f in fields(Task)[1:] if f.name in found and not isinstance(found[f.name], kinds[f.type])]
-    if odd or not re.fullmatch(r"\w+", meta.get("metric", "")) or "val" not in found.get("judged", ["val"]):
-        wrong = ", ".join(odd) or "metric (a word), judged (files by split, val among them)"
-        raise UserError(f"{folder / 'meta.json'} has no valid {wrong}: see README.md, Your own task; mend prepare.py")
-    task = Task(**found | {"folder": folder, "budget_s": config.time_budget or float(meta.get("budget_s", 300.0))})
+    task = Task(**found | {"folder": folder})
+    for names, check in CHECKS.items():
+        with contextlib.suppress(*NO_CODE, AttributeError, LookupError):
+            if check(task):
+                continue
+        raise UserError(f"{folder / 'meta.json'} has no valid {names}: see Your own task in README.md, mend prepare.py")
+    task = replace(task, budget_s=config.time_budget or task.budget_s)
     cpu = re.findall(r"^model name\s*: (.*)", read_text(Path("/proc/cpuinfo")), re.M) or [platform.machine()]
     device = meta.get("device") == "cuda" and gpu()[0] or f"{cpu[0]} x {os.cpu_count()}"
     better = f"{task.metric} ({'lower' if task.lower_is_better else 'higher'} is better), preset {task.preset}"
@@ -1956,14 +1977,18 @@ def opened(config: Config) -> tuple[Session, bool]:
     """A session on this checkout, and whether its branch is checked out already. Raises UserError."""
     config, resumed = open_checkout(config)
     if not (task := read_task(config)):
+        (config.root / "runs").mkdir(exist_ok=True)
+        write_whole(config.root / "runs" / ".gitignore", "*\n")
         env = {**os.environ, "AUTORESEARCH_CACHE": str(config.cache)}
         subprocess.run([sys.executable, str(config.root / "prepare.py")], cwd=config.root, env=env)
         if not (task := read_task(config)):
-            raise UserError("the data could not be prepared: see above, then try: python prepare.py")
+            raise UserError(f"the data could not be prepared: see above, then try: python {config.root / 'prepare.py'}")
+    if config.verify and not task.noise:
+        raise UserError("this task counts no noise: there is nothing to verify. Go without --verify")
     hours_s = (config.hours or math.inf) * 3600
     if hours_s < task.budget_s:
         raise UserError(f"--hours {config.hours:g} is shorter than one run of {task.budget_s:g} s")
-    if config.verify is None or not task.noise:  # without noise all runs of a program are equal
+    if config.verify is None:
         long = max(VERIFY_HOURS * 3600, 48 * task.budget_s) <= hours_s < math.inf
         config = replace(config, verify=long and task.noise > 0)
     return Session(config, task, Screen(time.monotonic() + hours_s), f"{now()} {secrets.token_hex(4)}"), resumed
@@ -1993,7 +2018,6 @@ def begin(s: Session, resumed: bool) -> None:
     if why := unread or foreign(s, state)[0] or busy(s, FREE_BYTES):
         raise UserError(f"{why}, then start again")
     s.runs.mkdir(parents=True, exist_ok=True)
-    write_whole(s.runs.parent / ".gitignore", "*\n")
     s.screen.log = s.runs / "session.log"
     remove(s.runs / "next.md")  # this and more of a session that was killed
     for folder in s.runs.glob("[0-9]*"):
@@ -2060,7 +2084,7 @@ def finish(s: Session) -> None:
 def show(config: Config) -> int:
     """Print the essence, or the report, of the record of --tag, the checkout's tag, or else the last."""
     named, (config, _) = config.tag, open_checkout(config)
-    s = Session(config, read_task(config) or Task(Path(), "score"), Screen(), "")
+    s = Session(config, read_task(config) or Task(Path(), "score", noise=math.nan), Screen(), "")
     rows = sorted(recall(s).rows, key=lambda r: (r.tag == config.tag, r.time, r.id))
     if not rows or named and rows[-1].tag != named:
         fetch = "from another clone: git fetch REMOTE 'refs/autoresearch/*:refs/autoresearch/*'"
