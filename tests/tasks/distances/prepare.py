@@ -24,7 +24,7 @@ def make() -> None:
     meta = {"format": 2, "dataset": "distances", "fingerprint": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     meta |= {"metric": "squared_ratio", "lower_is_better": True, "budget_s": 60.0, "handed": [], "judged": {"val": []}}
     meta |= {"noise": 0.0, "suspicious": 1.0}  # points are worth what is computed of them, however they were found
-    meta |= {"required": ["main", "load", "start", "finish"]}
+    meta |= {"required": ["main", "load", "start", "finish"], "max_digits": 200}  # of the literals of a train.py
     (CACHE / "distances").mkdir(parents=True, exist_ok=True)
     (CACHE / "distances" / "meta.json").write_text(json.dumps(meta))
     (CACHE / "current").write_text("distances")

@@ -27,7 +27,7 @@ def make() -> None:
         rng, axis = np.random.default_rng(list(split.encode())), (np.arange(SIZE) + 0.5) / SIZE * 2 - 1
         each = lambda low, high, channels=1: rng.uniform(low, high, (n, channels, 1, 1))  # noqa: E731
         box = lambda u, v, a, b: np.maximum(abs(u) - a, abs(v) - b)  # noqa: E731
-        labels, turn, size = rng.permutation(np.arange(n) % CLASSES), each(0, 2 * np.pi), each(0.4, 0.8)
+        labels, turn, size = rng.permutation(np.arange(n) % CLASSES), each(0, 2 * np.pi), each(0.5, 0.9)
         x, y = axis - each(-0.3, 0.3), axis[:, None] - each(-0.3, 0.3)
         u, v = (np.cos(turn) * x + np.sin(turn) * y) / size, (np.cos(turn) * y - np.sin(turn) * x) / size
         r, square = np.hypot(u, v), box(u, v, 0.8, 0.8)
@@ -38,12 +38,12 @@ def make() -> None:
         inside = np.clip(0.5 - np.choose(labels[:, None, None, None], shapes) * size * SIZE / 2, 0, 1)
         images = (ground := each(0, 1, 3)) * (1 - inside) + (ground + each(0.25, 0.75, 3)) % 1 * inside  # two colours
         images += 0.15 * np.sin(each(-9, 9) * x + each(-9, 9) * y + each(0, 7, 3))
-        images += each(0.05, 0.3) * rng.normal(size=images.shape)
+        images += each(0.02, 0.2) * rng.normal(size=images.shape)
         for name, data in zip(FILES[split], (np.uint8(255 * np.clip(images, 0, 1)), np.uint8(labels))):
             (folder / name).write_bytes(data.tobytes())
     data = b"".join((folder / name).read_bytes() for names in FILES.values() for name in names)
     meta = {"format": 2, "dataset": "images", "fingerprint": hashlib.sha256(data).hexdigest(), "metric": "accuracy"}
-    meta |= {"lower_is_better": False, "noise": 0.005, "suspicious": 0.1, "budget_s": 30.0, "handed": FILES["train"]}
+    meta |= {"lower_is_better": False, "noise": 0.003, "suspicious": 0.05, "budget_s": 30.0, "handed": FILES["train"]}
     meta |= {"judged": {s: FILES[s] for s in ("val", "test")}, "required": "build_model main load start finish".split()}
     (folder / "meta.json").write_text(json.dumps(meta))
     (CACHE / "current").write_text("images")
