@@ -70,7 +70,7 @@ LIMITS = ("max_tokens", 32_000), ("max_completion_tokens", 32_000), ("max_tokens
 REQUEST_CHARS = 120_000  # that a request may have at first; LIMITS: of a reply, one after another as they are refused
 STUCK_ROWS, NOTES_ROWS = 8, 10  # without a keep before the question changes; between two notes of the model
 DIFF_CHARS, DIFFS_CHARS, ROWS_CHARS = 4_000, 12_000, 44_000  # that a request shows of one diff, of all keeps', of rows
-MAX_TEXT, MAX_LITERAL, MAX_DIGITS = 100_000, 4_000, 200  # of a train.py: characters; of one string; new in long numbers
+MAX_TEXT, MAX_LITERAL = 100_000, 4_000  # characters of a train.py, of one of its strings
 
 NO_CODE = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)  # what parsing odd text raises
 NO_SERVER = (ValueError, AttributeError, TypeError, ImportError, OSError)  # what odd answers, proxies, keys raise
@@ -205,6 +205,7 @@ class Task:
     handed: tuple[str, ...] = ()  # files that training gets when its clock starts
     judged: dict = field(default_factory=lambda: {"val": []})  # by split, files that only the scorer gets; val chooses
     required: tuple[str, ...] = ("main",)  # what train.py must define or call
+    max_digits: int = 10**9  # that its numbers and strings may have in all, where a table of them would be the result
     startup_s: float = STARTUP_S  # that a run may take before its clock starts
     plausible: tuple[float, ...] = (-math.inf, math.inf)  # between which a score is one
     suspicious: float = 0.05  # the share of a gain that is not believed at once
@@ -224,7 +225,7 @@ CHECKS = {  # what must hold of a task, by what of meta.json says it
     "budget_s, startup_s": lambda task: 0 < min(task.budget_s, task.startup_s),
     "noise, suspicious": lambda task: 0 <= min(task.noise, task.suspicious) <= max(task.noise, task.suspicious) < 1e9,
     "plausible": lambda task: task.plausible[0] < task.plausible[1],
-    "required": lambda task: "".join(task.required),
+    "required, max_digits": lambda task: "".join(task.required) and task.max_digits >= 0,
 }
 
 
@@ -451,7 +452,8 @@ def settle(s: Session, state: State) -> State:
         if state.tip != state.stand:
             if state.best is not state.mine[-1] or s.stood != state.tip:  # else it is a new keep
                 s.screen.say(f"      {s.branch} stood at {state.tip[:7]}, and goes to the best, {state.stand[:7]}.")
-                s.screen.say("      To take a keep back: git checkout HEAD~1 -- train.py && git commit -m back")
+                back = f"git checkout HEAD~1 -- {s.config.prefix}train.py && git commit -m back"
+                s.screen.say(f"      To take a keep back: {back}")
             git(s.config, "update-ref", f"refs/heads/{s.branch}", state.stand, state.tip)
         s.stood = state.stand
         if stale := [name for name, entry in staged.items() if entry[1] in views and entry != target.get(name)]:
@@ -466,8 +468,9 @@ def foreign(s: Session, state: State) -> tuple[str, set[str], dict[str, tuple[st
     views = {blob for _, blob in entries(s.config, "ls-tree", state.root).values()}
     views |= {blob for r in state.mine for blob in (r.text, r.brief)}
     here, staged = git(s.config, "hash-object", "--", "train.py", default=""), entries(s.config, "ls-files", "-s")
-    put = "Commit it (git commit train.py -m mine), or put it away (git stash push train.py)"
-    why = f"train.py is changed and not committed. {put}"
+    name = f"{s.config.prefix}train.py"
+    put = f"Commit it (git commit {name} -m mine), or put it away (git stash push {name})"
+    why = f"{name} is changed and not committed. {put}"
     return "" if {here, staged.get("train.py", ("", here))[1]} - {""} <= views else why, views, staged
 
 
@@ -706,7 +709,7 @@ def names_in(node: ast.AST) -> Iterator[tuple[str, str]]:
             yield found, f"{ast.unparse(of)}.{found}"
 
 
-def faults_of(text: str, required: tuple[str, ...]) -> dict[str, int]:
+def faults_of(text: str, task: Task) -> dict[str, int]:
     """What of a train.py is against the rules, as sentences, and the line of each. Raises one of NO_CODE.
 
     It teaches within milliseconds, and is no wall: a name that is put together, or handed on under another one, passes.
@@ -732,14 +735,17 @@ def faults_of(text: str, required: tuple[str, ...]) -> dict[str, int]:
             why = [why for why, names in REFUSED.items() if re.fullmatch(names, name)]
             if why or name == whole and name in BUILTINS:
                 found[f"`{name}` {(why or list(REFUSED))[0]}"] = line
-    missing = ", ".join(name for name in required if name not in used)
+    literals = (str(n.value) for n in ast.walk(bare(text)) if isinstance(n, ast.Constant))
+    if len(re.sub(r"\D", "", "".join(literals))) > task.max_digits:
+        found[f"over {task.max_digits} digits in literals are a result, not a way to one: write what computes it"] = 1
+    missing = ", ".join(name for name in task.required if name not in used)
     return found | ({f"train.py must keep {missing}: the contract with prepare.py": 1} if missing else {})
 
 
-def guard(text: str, base: str, tried: dict[str, Row], required: tuple[str, ...], rules: bool = True) -> None:
+def guard(text: str, base: str, tried: dict[str, Row], task: Task, rules: bool = True) -> None:
     """Raise EditError where a text may not train; but what its base has too is the affair of who committed it."""
     try:
-        faults = faults_of(text, required)
+        faults = faults_of(text, task)
     except NO_CODE as error:
         raise EditError(f"The edited train.py does not parse: {error}.") from None
     if ast.dump(bare(text)) == ast.dump(bare(base)):
@@ -747,10 +753,7 @@ def guard(text: str, base: str, tried: dict[str, Row], required: tuple[str, ...]
     if r := tried.get(program_key(text)):
         outcome = f"{r.status}, {r.reason if r.score is None else f'{r.score:.6f}'}: {r.description}"
         raise EditError(f"But for a hair's breadth of a number, this repeats experiment {r.tag}/{r.id} ({outcome}).")
-    digits = [sum(map(len, re.findall(r"\d{7,}", one))) for one in (base, text)]
-    if rules and digits[1] - digits[0] > MAX_DIGITS:
-        raise EditError("A table of long numbers is a result, not a way to it: write what computes it.")
-    old = faults_of(base, required) if rules else faults
+    old = faults_of(base, task) if rules else faults
     if new := [f"line {line}: {why}." for why, line in faults.items() if why not in old]:
         raise EditError(" ".join(new[:3]))
 
@@ -770,9 +773,9 @@ def moved(knob: Knob, rng: random.Random) -> object:
     return int(new) if isinstance(value, int) else float(f"{new:.3g}")
 
 
-def search_proposal(text: str, preset: str, key: str, tried: dict[str, Row], required: tuple[str, ...]) -> Row:
+def search_proposal(text: str, key: str, tried: dict[str, Row], task: Task) -> Row:
     """One to three hyperparameters with bounds moved a little, the same for the same key. Raises UserError."""
-    numbers = [k for k in knobs(text, preset).values() if isinstance(k.value, (int, float))]
+    numbers = [k for k in knobs(text, task.preset).values() if isinstance(k.value, (int, float))]
     numbers = [k for k in numbers if k.low is not None] or numbers  # bounds say that a line is meant to be searched
     rng = random.Random(key)
     for _ in range(300):
@@ -780,7 +783,7 @@ def search_proposal(text: str, preset: str, key: str, tried: dict[str, Row], req
         new = [(k, value) for k in chosen if (value := moved(k, rng)) != k.value]
         edits = tuple(Edit("set", k.name, repr(value)) for k, value in new)
         with contextlib.suppress(EditError):
-            guard(apply_edits(text, edits, preset), text, tried, required)
+            guard(apply_edits(text, edits, task.preset), text, tried, task)
             description = ", ".join(f"{k.name} {k.value} -> {value}" for k, value in new)
             return Row(description[:80], "A small step of local search.", edits)
     raise UserError("the search finds no untried step: train.py needs lines `NAME = number  # what [low, high]`")
@@ -821,15 +824,16 @@ class State:
     def scores(self, verified: bool = False) -> dict[str, dict[int, float]]:
         """By program and seed, without those too good to be believed at once; verified: with the verification's."""
         found = defaultdict(dict)
-        for r in (*self.history, *self.mine):  # of equal programs and seeds this tag's, and its last, counts
+        for r in self.history:
             if r.score is not None and r.reason != TOO_GOOD and (verified or r.seed not in VERIFY_SEEDS):
-                found[r.text][r.seed] = r.score
+                found[r.text][r.seed if self.task.noise else r.id] = r.score
         return found
 
     @cached_property
     def means(self) -> dict[str, float]:
-        """What each program is worth: the mean of its runs, not the luckiest."""
-        return {text: fmean(runs.values()) for text, runs in self.scores().items()}
+        """What each program is worth: the mean of its runs, not the luckiest; where there is no noise, the best."""
+        worth = fmean if self.task.noise else min if self.task.lower_is_better else max
+        return {text: worth(runs.values()) for text, runs in self.scores().items()}
 
     @cached_property
     def noise(self) -> Noise:
@@ -1511,7 +1515,7 @@ def converse(s: Session, about: Callable, log: Path, base: str, tried: dict[str,
             if reply.cut:
                 raise EditError(f"The reply was cut off after {len(reply.text)} characters. Think less, write less.")
             row = parse_reply(reply.text)
-            guard(apply_edits(base, row.edits, s.task.preset), base, tried, s.task.required, s.config.guard)
+            guard(apply_edits(base, row.edits, s.task.preset), base, tried, s.task, s.config.guard)
             return replace(row, model=s.model, refused=refused or None, llm_tokens=s.tokens - spent)
         except EditError as error:
             if first and 0 < reply.tokens * 6 < reply.chars > 8000:
@@ -1797,7 +1801,7 @@ def candidate(s: Session, state: State) -> Job | None:
     None where it had to be waited for, as the refs may have moved meanwhile, or does not fit.
     """
     preset, key = s.task.preset, f"{s.config.tag}/{state.next_id}"
-    step = lambda: search_proposal(state.text, preset, key, state.tried, s.task.required)  # noqa: E731
+    step = lambda: search_proposal(state.text, key, state.tried, s.task)  # noqa: E731
     if s.ready is None and not for_search(s, state):
         try:
             s.ready = awaited(s, s.asked or begin_asking(lambda future: propose(s, state, future)))
@@ -1815,7 +1819,7 @@ def candidate(s: Session, state: State) -> Job | None:
         if row.parent not in ("", state.stand) and any(edit.kind == "file" for edit in row.edits):
             raise EditError("it is a whole file, made from an earlier best")
         text = apply_edits(state.text, row.edits, preset)
-        guard(text, state.text, state.tried, s.task.required, s.config.guard)
+        guard(text, state.text, state.tried, s.task, s.config.guard)
         return Job("candidate", text, row)
     except EditError as error:
         return s.screen.say(f"      dropped before training: {row.description}: {one_line(str(error))[:140]}")
@@ -2107,7 +2111,7 @@ def show_request(config: Config) -> int:
     text = patiently(s, lambda: request(s, state), [], Path(os.devnull), Future()).text
     print(f"<!-- reply -->\n\n{text}\n", flush=True)
     row = parse_reply(text)
-    guard(apply_edits(state.text, row.edits, s.task.preset), state.text, state.tried, s.task.required)
+    guard(apply_edits(state.text, row.edits, s.task.preset), state.text, state.tried, s.task)
     print(f"The reply of {s.model}, {s.tokens} tokens in all, applies: {row.description}")
     return 0
 

@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 from conftest import TOY, reply
@@ -9,7 +10,7 @@ from conftest import TOY, reply
 import agent
 
 TEXT = (TOY / "train.py").read_text()
-REQUIRED = ("build_model", "main", "load", "start", "finish")
+TASK = agent.Task(Path(), "val_bpb", preset="cpu", required=tuple("build_model main load start finish".split()))
 RATE_2 = agent.Edit("set", "RATE", "2.0")
 STEP = "<<<<<<< SEARCH\n    step = 0\n=======\n    step = 7\n>>>>>>> REPLACE"
 
@@ -186,7 +187,7 @@ def test_hyperparameters_are_read_with_values_and_bounds():
 
 
 def searched(text, key, tried=None):
-    found = agent.search_proposal(text, "cpu", key, tried or {}, REQUIRED)
+    found = agent.search_proposal(text, key, tried or {}, TASK)
     return found, agent.apply_edits(text, found.edits, "cpu")
 
 

@@ -7,12 +7,13 @@ import agent
 
 TRAIN, TOY_TRAIN = (ROOT / "train.py").read_text(), (TOY / "train.py").read_text()
 REQUIRED = ("build_model", "main", "load", "start", "finish")  # as prepare.py has it in meta.json
+TASK = agent.Task(ROOT, "val_bpb", required=REQUIRED)
 MLP = "        return self.down(F.relu(self.up(x)).square())"
 QK = "rotate(norm(self.{}(x).view(per_head)), rotary)"
 
 
 def guarded(text, base=TRAIN, **more):
-    agent.guard(text, base, {}, REQUIRED, **more)
+    agent.guard(text, base, {}, TASK, **more)
 
 
 def refusal(text, base=TRAIN):
@@ -109,7 +110,7 @@ def test_honest_research_passes(name):
 
 @pytest.mark.parametrize("text", [TRAIN, TOY_TRAIN], ids=["shipped", "toy"])
 def test_the_shipped_files_have_no_fault(text):
-    assert not agent.faults_of(text, REQUIRED)
+    assert not agent.faults_of(text, TASK)
 
 
 WORDS = {

@@ -31,6 +31,7 @@ from conftest import ROOT, TOY, Server, commit_all, make_checkout, reply
 import agent
 import prepare
 
+TASK = agent.Task(ROOT, "val_bpb", required=("build_model", "main", "load", "start", "finish"))
 CHEATS, SECRET = ROOT / "tests" / "cheats", "a secret of the user"
 DAILY = """asks_twice canary deep_folders edit_given_file endless_facts fork_bomb ignore_signals kill_others late_checkpoint
     negative_score poison_compiled print_flood unmount bag_of_row peek_later patched_loss batch_norm""".split()
@@ -57,7 +58,7 @@ def guarded(path):
     """The guard's sentence for a trick, empty where it passes; it must be what the docstring says."""
     expected, refusal = about(path)["guard"], ""
     try:
-        agent.guard(path.read_text(), "x = 1", {}, ("build_model", "main", "load", "start", "finish"))
+        agent.guard(path.read_text(), "x = 1", {}, TASK)
     except agent.EditError as error:
         refusal = str(error)
     assert not refusal if expected == "passes" else expected in refusal, refusal

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import agent  # noqa: E402
 from conftest import commit_all, make_checkout  # noqa: E402
 
-REQUIRED = ("build_model", "main", "load", "start", "finish")
+TASK = agent.Task(Path(), "val_bpb", required=("build_model", "main", "load", "start", "finish"))
 ROWS, TIMES = 8, 15
 
 
@@ -55,5 +55,5 @@ if __name__ == "__main__":
         for sandbox in ("require", "off"):
             print(f"a row of the toy besides its training, --sandbox {sandbox}: {row_s(Path(folder), sandbox):.2f} s")
     text = (ROOT / "train.py").read_text()
-    guarded = milliseconds(lambda: agent.guard(text + "\nX = 1\n", text, {}, REQUIRED))
+    guarded = milliseconds(lambda: agent.guard(text + "\nX = 1\n", text, {}, TASK))
     print(f"the guard on train.py, {len(text.splitlines())} lines: {guarded:.0f} ms")

@@ -16,15 +16,15 @@ from pathlib import Path
 CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or Path(__file__).resolve().parent / "runs" / "data")
 POINTS = 16
 BUDGET_S = float(os.environ.get("AUTORESEARCH_TIME_BUDGET") or 60)
-BEFORE_S = 15.0  # of a processor's time before the clock starts: enough to import torch, not to search
+BEFORE_S = 5.0  # of a processor's time before the clock starts: enough to import torch, not to search
 
 
 def make() -> None:
     """Writes what agent.py must know. There are no data: the file that sets the rules is the fingerprint."""
     meta = {"format": 2, "dataset": "distances", "fingerprint": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     meta |= {"metric": "squared_ratio", "lower_is_better": True, "budget_s": 60.0, "handed": [], "judged": {"val": []}}
-    meta |= {"noise": 0.0, "plausible": [1.0, 1e6]}  # points are worth what is computed of them
-    meta |= {"required": ["main", "load", "start", "finish"]}
+    meta |= {"noise": 0.0, "plausible": [1.0, 1e6], "startup_s": 10.0}  # points are worth what is computed of them
+    meta |= {"required": ["main", "load", "start", "finish"], "max_digits": 200}  # of the literals of a train.py
     (CACHE / "distances").mkdir(parents=True, exist_ok=True)
     (CACHE / "distances" / "meta.json").write_text(json.dumps(meta))
     (CACHE / "current").write_text("distances")
