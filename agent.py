@@ -87,6 +87,10 @@ LIFELINE = "exec 3<&0; (read _ <&3; kill -s KILL 0) & exec 3<&- </dev/null; "  #
 SEND_FILES = """import os, socket, sys
 files = [os.open(path, os.O_RDONLY) for path in sys.argv[3:]]
 socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [sys.argv[2].encode()], files)"""
+FORM = {
+    "stream": r"\bstream|\bSSE\b",
+    "system": r"system|\brole|instruction",
+}  # not all servers take; their words for it
 UNPROTECTED = "What the model writes runs with your rights: it can read your files, use the network, leave processes."
 WAYS_ON = "Set OPENAI_API_KEY, or OPENAI_BASE_URL for a local server, or go without a model: --proposer search"
 BOOTTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # a clock that goes on while the machine sleeps
@@ -292,8 +296,7 @@ class Session:
     elsewhere: bool = False  # it computes on another machine: the next proposal is asked for while one trains
     chars: int = REQUEST_CHARS  # that a request may have
     limits: tuple = LIMITS  # of a reply's length that the server has not refused yet
-    has_system: bool = True  # the server takes a system message; else it goes into the first one of the user
-    streams: bool = True  # the server has not refused to send a reply as it comes
+    without: tuple[str, ...] = ()  # what of FORM the server does not take
     slowest_s: float = 0.0  # of its replies; 0: none yet
     asked_at: float = 0.0  # of time.monotonic, the request in flight
     heard: int = 0  # characters of its reply that have come
@@ -553,8 +556,10 @@ def apply_set(text: str, name: str, value: str, preset: str) -> str:
         new = ast.literal_eval(node)
     except NO_CODE:
         raise EditError(f"{value}: the value must be one plain Python literal, such as 0.05.") from None
-    if isinstance(old, (int, float)) and not isinstance(new, (int, float)):
-        raise EditError(f"{value}: {name} is a number, {old}; write a plain one, such as 65536 or 1e-3.")
+    fits = old is None or type(new) is type(old) or type(old) is float and type(new) is int
+    if not fits or new in (math.inf, -math.inf):
+        kind = {int: "a whole number", float: "a number", bool: "True or False"}.get(type(old), "of another kind")
+        raise EditError(f"{value}: {name} is {kind}, {old!r}, and stays so; write it plainly, such as 65536 or 1e-3.")
     return text[:start] + ast.get_source_segment(value.strip(), node) + text[end:]
 
 
@@ -609,14 +614,18 @@ PART = r"((?:(?![ \t]*(?:<{5,9} ?SEARCH|={5,9}[ \t]*$|>{5,9} ?REPLACE)).*\n)*)" 
 BLOCK = re.compile(rf"^[ \t]*<{{5,9}} ?SEARCH[ \t]*\n{PART}[ \t]*={{5,9}}[ \t]*\n{PART}[ \t]*>{{5,9}} ?REPLACE", re.M)
 SET = re.compile(r"^[ \t>*`\-\d.)]*SET[ \t]+`?([A-Za-z_]\w*)`?[ \t]*(?:=|:|to\b)[ \t]*(.+?)[ \t`*]*$", re.M)
 FENCE = re.compile(r"^(```+|~~~+)[^\n`]*\n(.*?)^\1", re.M | re.S)
-ODD = r"```diff|[-<=>+]{4,} ?(?:search|replace|original|updated)\b|@@ .*@@|[-+]{3} \S|&lt;&lt;|[*`\-\d.)]*SET[ \t]"
+ODD = r"```diff|[-<=>+]{4,} ?(?:search|replace|original|updated)\b|[<=>]{5,}|@@ .*@@|[-+]{3} \S|&lt;&lt;|</?(?:search|replace)>"
+ODD += r"|\*{3} ?(?:begin|update|end)|(?:find|replace|with|replace with):[ \t]*$|[*`\-\d.)]*SET[ \t]"
+ODD += r"|[*`\-\d.) ]*(?-i:(?!EXPECTED|HYPOTHESIS|DESCRIPTION)[A-Z][A-Z0-9_]+)[`*]*[ \t]*(?:=|:|->)[ \t]*[-+]?[\d.]"  # a constant without SET
 ODD = re.compile(rf"^[ \t>]*(?:{ODD}).*", re.M | re.I)  # what looks like an edit, and is none of these
-THOUGHT = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)"
+THOUGHT = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
+CHOICE = "(?:option|alternative|variant|approach|version|idea|plan)"
 
 
 def without_thoughts(reply: str) -> str:
     """A reply without what a reasoning model thinks aloud; a mere mention of such a mark inside a line is none."""
-    reply = reply.replace("\r\n", "\n")
+    reply = re.sub(r"<\|end_of_(\w+)\|>", r"</\1>", reply.replace("\r\n", "\n"))
+    reply = re.sub(rf"(?:◁|&lt;|<\|)(/?)(?:begin_of_)?({THOUGHT})(?:▷|&gt;|\|>)", r"<\1\2>", reply, flags=re.I)
     reply = re.sub(r"<\|channel\|>\s*analysis.*?(?=<\|channel\|>\s*final|\Z)", "", reply, flags=re.S)
     reply = re.sub(r"<\|[a-z_]+\|>(?:\s*final\b)?", "", reply)
     reply = re.sub(rf"^[ \t]*[<\[]{THOUGHT}[>\]].*?[<\[]/{THOUGHT}[>\]]", "", reply, flags=re.S | re.I | re.M)
@@ -643,15 +652,17 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
     found += [(m.start(), Edit("block", m[1], m[2])) for m in BLOCK.finditer(rest)]
     rest = BLOCK.sub(lambda m: " " * len(m[0]), rest)
     sets = [(m.start(), Edit("set", m[1], m[2])) for m in SET.finditer(rest)]
-    odd, names = ODD.search(SET.sub("", rest)), [edit.old for _, edit in sets]
-    if odd:
+    rest, names = SET.sub("", rest), [edit.old for _, edit in sets]
+    fences = (m for m in FENCE.finditer(rest) if m[2].strip() and not re.search("DESCRIPTION|HYPOTHESIS", m[2]))
+    if odd := ODD.search(rest) or next(fences, None):
         left = "is left out of a reply: send all edits as SET lines or SEARCH/REPLACE blocks"
         raise EditError(f"This is no edit of the form asked for, and nothing {left}: {one_line(odd[0])[:80]!r}")
     if "NAME" in names:
         raise EditError("`SET NAME = value` is the form, not an edit: name a constant of train.py, give a number.")
     if len(set(names)) < len(names):
         raise EditError("Two SET lines name the same hyperparameter.")
-    if len({m.lower() for m in re.findall(r"^\W*(?:option|alternative) ([a-d1-4])\b", rest, re.M | re.I)}) > 1:
+    choices = re.findall(rf"^\W*(?:{CHOICE} ([a-d1-4])\b|(first|second) {CHOICE})", rest.lower(), re.M)
+    if len(set(choices)) > 1:
         raise EditError("The reply offers alternatives. One experiment tries one thing: send the better one only.")
     if files and len(found + sets) > 1:
         raise EditError("The reply has a whole file and other edits, or two files. Send edits, or one file.")
@@ -1297,7 +1308,8 @@ def recent(s: Session, state: State, running: Job | None) -> list[str]:
     for r in (done or state.search)[-1:]:
         steps = STEP.findall(log_tail(s.runs / r.id / "run.log", 1000))
         curve = " ".join(f"{share}%:{loss}" for share, _, loss in steps[:: len(steps) // 12 + 1])
-        speed = f"{r.steps or 0} steps, {r.tokens_M or 0:.1f} M tokens, {r.memory_gb:.1f} GB. Loss by share: {curve}"
+        tokens = f", {r.tokens_M:.1f} M tokens" if r.tokens_M else ""
+        speed = f"{r.steps or 0} steps{tokens}, {r.memory_gb:.1f} GB. Loss by share of the time: {curve}"
         parts.append(f"# The last run, {r.id}\n\n{speed}\n\n{quoted(s.runs / r.id / 'run.log')}")
     if running:
         text = "This trains while you answer. If it is kept, your edits are applied to its train.py."
@@ -1385,10 +1397,10 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
     import openai
 
     http = sys.modules[openai.DefaultHttpxClient.__base__.__module__.partition(".")[0]]  # httpx, by now httpx2
-    if not s.has_system:
+    if "system" in s.without:  # then it goes into the first message of the user
         first = "\n\n".join(m["content"] for m in messages[:2])
         messages = [{"role": "user", "content": first}, *messages[2:]]
-    how = {"stream": True, "stream_options": {"include_usage": True}} if s.streams else {}
+    how = {} if "stream" in s.without else {"stream": True, "stream_options": {"include_usage": True}}
     began, s.heard = time.monotonic(), 0
     s.asked_at = began
     try:
@@ -1401,16 +1413,15 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
         status = int(error["code"]) if isinstance(error, dict) and str(error.get("code")).isdigit() else 500
         message, usage = choice.get("message") or {}, answer.get("usage") or {}
     except (openai.OpenAIError, http.HTTPError, *NO_SERVER) as odd:
-        unheard = isinstance(odd, (openai.APIConnectionError, http.HTTPError, TimeoutError))
+        unheard = isinstance(odd, (openai.APIConnectionError, http.HTTPError, TimeoutError)) or s.heard > 0
         status = getattr(odd, "status_code", 0 if unheard else -1)
         wait_s = odd.response.headers.get("retry-after", "") if status > 0 else ""
         what = "no answer of a model, is the URL complete, with /v1? " * (status < 0) + said(s.config, odd)
         raise NoReply(what, status, min(float(wait_s), 86_400.0) if re.fullmatch(r"[\d.]+", wait_s) else 0.0) from None
     if error or not choice:
         raise NoReply(said(s.config, error or "an answer without a reply"), status)
-    parts = (message.get(name) for name in ("content", "reasoning_content", "reasoning"))
-    texts = ("".join(str(p.get("text") or "") for p in part) if isinstance(part, list) else part for part in parts)
-    text = next((text for text in texts if text and text.strip()), "").encode("utf-8", "replace").decode()
+    texts = (words(message.get(name)) for name in ("content", "reasoning_content", "reasoning"))
+    text = next((text for text in texts if text.strip()), "").encode("utf-8", "replace").decode()
     sizes = size_of(messages) // 4, len(text) // 4
     counted = [usage.get(f"{name}_tokens") for name in ("prompt", "completion", "total")]
     s.tokens += counted[2] or sum(one or size for one, size in zip(counted, sizes))
@@ -1419,23 +1430,44 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
 
 
 def whole_answer(s: Session, response) -> dict:
-    """A server's answer; one that comes as a stream is put together, and s.heard says how much has come."""
-    if "event-stream" not in response.headers.get("content-type", ""):
-        return dict(json.loads(response.read()))
-    message, found, ended = defaultdict(str), {}, False
-    for line in response.iter_lines():
-        kind, _, data = line.partition(":")
-        ended = ended or data.strip() == "[DONE]"
-        part = {} if ended or kind != "data" else json.loads(data)
-        found |= {name: part[name] for name in ("usage", "error") if part.get(name)}
-        for choice in part.get("choices") or ():
-            for name, text in (choice.get("delta") or {}).items():
-                message[name] += text if isinstance(text, str) else ""
-            s.heard, why = sum(map(len, message.values())), choice.get("finish_reason")
-            found |= {"choices": [{"message": message, "finish_reason": why}]} if why else {}
+    """A server's answer as one object; s.heard says how much of a stream has come. Raises ValueError, TimeoutError."""
+    message, found = defaultdict(str), {}
+    for event in events(response):
+        found |= {name: event[name] for name in ("usage", "error") if event.get(name)}
+        for choice in event.get("choices") or ():
+            for name, part in (choice.get("delta") or {}).items():
+                message[name] += words(part)
+            s.heard = sum(map(len, message.values()))
+            if choice.keys() & {"message", "error"} or choice.get("finish_reason"):
+                found["choices"] = [{"message": message} | choice]
+        if event.get("done") and message:
+            found.setdefault("choices", [{"message": message}])
         if time.monotonic() - s.asked_at > s.reply_s:
             raise TimeoutError(f"not at its end after {s.reply_s:.0f} s")
-    return ({"choices": [{"message": message}]} if ended and message else {}) | found  # else it was cut off
+    return found  # without choices where it was cut off
+
+
+def events(response) -> Iterator[dict]:
+    """The JSON objects of an answer: the one that it is, or those of its stream. Raises ValueError where it has none."""
+    rest, whole, none = b"", False, True
+    for part in response.iter_bytes():
+        rest += part
+        whole = whole or none and rest.lstrip().startswith(b"{")
+        *lines, rest = [rest] if whole else rest.split(b"\n")
+        for data in (line[5:].strip() for line in lines if line.startswith(b"data:")):
+            if data == b"[DONE]":
+                return (yield {"done": True})
+            if data:
+                none = False
+                yield json.loads(data)
+    if whole or none:
+        yield json.loads(rest)
+
+
+def words(part: object) -> str:
+    """The text of a part of a message: a string, or a list of pieces."""
+    part = [{"text": part}] if isinstance(part, str) else part if isinstance(part, list) else []
+    return "".join(str(piece.get("text") or "") for piece in part)
 
 
 def size_of(messages: list[dict]) -> int:
@@ -1445,7 +1477,7 @@ def size_of(messages: list[dict]) -> int:
 
 def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], log: Path, future: Future) -> Reply:
     """A reply, waiting out short outages, with the request made as the server will have it. Raises NoReply."""
-    since, wait_s, chars, halved = time.monotonic(), 0.5, s.chars, 0
+    since, wait_s, before, tried, halved, smallest = time.monotonic(), 0.5, (s.chars, s.without), [], 0, math.inf
     while True:
         messages, most = about() + lessons, s.config.max_llm_tokens
         if most and s.tokens >= most or future.cancelled():
@@ -1456,27 +1488,27 @@ def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], 
             return reply
         except NoReply as error:
             keep_exchange(log, [{"role": "no reply", "content": str(error)}])
-            size, status = size_of(messages), error.status
-            if status in (400, 402, 422) and any(str(part) in str(error) for limit in s.limits[:1] for part in limit):
+            size, status, text = size_of(messages), error.status, str(error)
+            left = [part for part in FORM if part not in (*s.without, *tried)]
+            named = [part for part in left if re.search(FORM[part], text, re.I)]
+            if status in (400, 402, 422) and any(str(part) in text for limit in s.limits[:1] for part in limit):
                 s.limits = s.limits[1:]
-                continue
-            if status in (400, 422, 501) and s.streams and "stream" in str(error):
-                s.streams = False
-                continue
-            if status in (400, 422) and s.has_system and re.search("system|role", str(error), re.I):
-                s.has_system = False
-                continue
-            if status in (400, 413, 422, 500) and size > 12_000 and halved < (1 if status == 500 else 3):
-                halved, s.chars = halved + 1, size // 2  # too long, perhaps, whatever its words
-                continue
-            s.chars = chars  # that was not it
-            passing = status in (0, 408, 409, 425) or status >= 500 or status == 429 and "quota" not in str(error)
-            patience_s = s.config.outage_s if s.slowest_s or status else min(5.0, s.config.outage_s)
-            wait_s = max(wait_s, error.wait_s)
-            if not passing or time.monotonic() - since + wait_s > patience_s:
-                raise
-            time.sleep(wait_s)
-            wait_s = min(2 * wait_s, 60.0)
+            elif named and status in (400, 405, 415, 422, 500, 501):
+                tried, s.without = [*tried, named[0]], (*s.without, named[0])
+            elif status in (400, 413, 422, 500) and 12_000 < size < smallest and halved < (1 if status == 500 else 3):
+                halved, smallest, s.chars = halved + 1, size, size // 2  # too long, perhaps, whatever its words
+            elif left and status in (400, 422):  # its form, perhaps, whatever its words
+                tried, s.chars, s.without = [*tried, left[0]], before[0], (*s.without, left[0])
+            else:
+                s.chars = before[0]  # that was not it
+                passing = status in (0, 408, 409, 425) or status >= 500 or status == 429 and "quota" not in text
+                patience_s = s.config.outage_s if s.slowest_s or status else min(5.0, s.config.outage_s)
+                wait_s = max(wait_s, error.wait_s)
+                if not passing or time.monotonic() - since + wait_s > patience_s:
+                    s.without = before[1]
+                    raise
+                time.sleep(wait_s)
+                wait_s = min(2 * wait_s, 60.0)
 
 
 def keep_exchange(log: Path, parts: list[dict]) -> None:
@@ -1943,8 +1975,8 @@ def open_checkout(config: Config) -> tuple[Config, bool]:
         try:
             git(config, "cat-file", "blob", f"HEAD:./{name}")
         except OSError as error:
-            start = "git init && git add -A && git commit -m start"
-            raise UserError(f"{name} is not committed here ({error}). In a new folder: {start}") from None
+            start = "git add -A && git commit -m start (in a new folder git init first)"
+            raise UserError(f"{config.root / name} is not committed ({error}): {start}") from None
     head = git(config, "symbolic-ref", "-q", "--short", "HEAD", default="")
     current, prefix = head.removeprefix("autoresearch/"), git(config, "rev-parse", "--show-prefix")
     today = re.sub(r"\W+", "-", f"{Path(prefix).name}-{datetime.now():%b%d}".lower()).strip("-")
@@ -2006,7 +2038,7 @@ def begin(s: Session, resumed: bool) -> None:
     if exists and not resumed and (last or exists != git(s.config, "rev-parse", "HEAD")):
         raise UserError(f"{s.branch} exists. To go on with it: git checkout {s.branch}. To begin another: {other}")
     if not last and git(s.config, "for-each-ref", f"refs/autoresearch/{s.config.tag}/"):
-        raise UserError(f"{s.branch} is of another task, or version of agent.py. Begin another branch: {other}")
+        raise UserError(f"{s.branch} is of another task (--task DIR), or version of agent.py. Begin another: {other}")
     fetch = "are not in this clone: git fetch REMOTE 'refs/autoresearch/*:refs/autoresearch/*'"
     if resumed and not last and git(s.config, "log", "-1", "--format=%h", f"--grep=^Tag: {re.escape(s.config.tag)}$"):
         raise UserError(f"its rows {fetch}")

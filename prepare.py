@@ -134,7 +134,7 @@ def current() -> tuple[Path, dict]:
         name = os.environ.get("AUTORESEARCH_DATA") or (cache_root() / "current").read_text(encoding="utf-8").strip()
         folder = cache_root() / name
         meta = read_json(folder / "meta.json")
-        if meta.get("format") == FORMAT:
+        if meta.get("format") == FORMAT and "preset" in meta:  # not another task's
             return folder, meta
     stop(f"No data in {cache_root()}: run `python prepare.py` first.")
 
@@ -173,9 +173,9 @@ def open_corpus(dataset: str, num_shards: int) -> Corpus:
         *files, held = urls
         return Corpus(dataset, dataset, str(len(files)), partial(read_texts, files), urls, held)
     root = Path(dataset).resolve()
-    found = {file: kind(file) for file in files_in(root, set())}
+    found = {file: kind(file) for file in {file.resolve(): file for file in files_in(root, set())}.values()}
     files = [file for file in found if found[file] in READERS]
-    files = [file for file in files if found[file] not in (".json", ".csv") or next(read_texts([file], sure=False), "")]
+    files = [f for f in files if f == root or found[f] not in (".json", ".csv") or any(read_texts([f], sure=False))]
     if others := [found[file] or "without an ending" for file in found.keys() - {*files}]:
         print("left out:", ", ".join(f"{others.count(ending)} {ending}" for ending in sorted({*others})), flush=True)
     if not files:

@@ -377,7 +377,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, cache, command):
         "list.json": (b'["fine", {"text": 1}]', "record 2"),
         "wide.csv": (b'text,id\n"fine, too",1\nfine, but,2\n', "record 2"),
         "open.csv": (b'text\nfine\n"and open', "record 2"),
-        "about.json": (b'{"name": "no text"}', "No text in "),
+        "about.json": (b'{"name": "no text"}', "record 1: no"),
         "torn.txt.gz": (gzip.compress("".join(documents(300)).encode())[:-99], "cannot be read as txt"),
         "utf16.txt": ("fine\n".encode("utf-16-le") * 99, "is binary"),
         "repeats.jsonl": (b'{"text": "all the same text"}\n' * 9999, "not counting repeats"),

@@ -54,6 +54,8 @@ NAMES = ("think", "THINK", "thinking", "thought", "reasoning", "seed:think")
 THOUGHTS = [f"<{name}>Perhaps\nSET DECAY = 0.9\nDESCRIPTION: no\n</{name}>\n" for name in NAMES]
 THOUGHTS += ["[THINK] SET DECAY = 0.9 [/THINK]\n", "[think]SET DECAY = 0.9[/think]\n", f"<think>\n{STEP}\n</think>\n"]
 THOUGHTS += ["Perhaps\nSET DECAY = 0.9\n</think>\n"]  # the server's template has opened it
+THOUGHTS += [f"{a}think{b}\nSET DECAY = 0.9\n{a}/think{b}\n" for a, b in (("\u25c1", "\u25b7"), ("&lt;", "&gt;"))]
+THOUGHTS += ["<scratchpad>SET DECAY = 0.9</scratchpad>", "<|begin_of_thought|>SET DECAY = 0.9\n<|end_of_thought|>\n"]
 THOUGHTS += ["<|channel|>analysis<|message|>SET DECAY = 0.9\n<|end|><|start|>assistant<|channel|>final<|message|>"]
 
 
@@ -136,6 +138,16 @@ OTHER_FORMS = {
     "no end": "<<<<<<< SEARCH\n    step = 0\n=======\n    step = 7\n",
 }
 OTHER_FORMS |= {"no middle": STEP.replace("=======\n    step = 7\n", ""), "no start": STEP.partition("\n")[2]}
+OTHER_FORMS |= {
+    "a patch": "*** Begin Patch\n-    step = 0\n+    step = 7\n*** End Patch",
+    "a snippet": "```python\nrows = 7\n```",
+}
+OTHER_FORMS |= {
+    "a conflict": STEP.replace("SEARCH", "HEAD").replace("REPLACE", "mine"),
+    "signs": "```\n- step = 0\n```",
+}
+OTHER_FORMS |= {"tags": "<search>\n    step = 0\n</search>", "find": "FIND:\n    step = 0\nREPLACE WITH:\n    step = 7"}
+OTHER_FORMS |= {"no SET": "DECAY = 0.3", "a list": "- DECAY: 0.2 -> 0.3", "bold": "**DECAY**: 0.3"}
 OTHER_FORMS |= {"no value": "SET DECAY higher", "set in small letters": "set DECAY = 0.3"}
 
 
@@ -150,7 +162,13 @@ def test_an_edit_in_another_form_is_understood_or_goes_back_whole(form):
 
 
 REFUSED = {f"SET RATE = {v}": "plain Python literal" for v in ("2 * 3", "open('x')", "x", "{[1]: 2}", "(" * 5000)}
-REFUSED |= {f"SET RATE = {v}": "is a number" for v in ("65,536", "'2.0'", "None", "[2.0]")}
+REFUSED |= {f"SET RATE = {v}": "RATE is a number, 1.0" for v in ("65,536", "'2.0'", "None", "[2.0]", "True", "1e999")}
+REFUSED |= {f"SET ROWS = {v}": "ROWS is a whole number, 64" for v in ("64.5", "128.0", "True")}
+REFUSED |= {
+    "SET NOTE = 5": "of another kind, 'plain'",
+    "Variant A\nSET RATE = 2.0\nVariant B\nSET ROWS = 128": "alternatives",
+}
+REFUSED |= {"First option: x\nSET RATE = 2.0\nSecond option: y\nSET ROWS = 128": "alternatives"}
 REFUSED |= {
     "SET RATE = " + "-" * 20_000 + "1": "plain Python literal",
     "SET RATE = 2.0\nSET RATE = 3.0": "Two SET lines",

@@ -130,10 +130,12 @@ REFUSALS = [
 
 @pytest.mark.parametrize("step", REFUSALS, ids=["401", "402", "403", "404", "400", "quota", "401 in a 200", "page"])
 def test_a_refusal_at_the_start_ends_at_once_with_the_servers_words_and_without_the_key(checkout, server, step):
-    server.script = [step]
+    server.script = [step] * 3
     told = cannot_start(checkout, server.url, api_key=KEY)
+    server.requests[2:] = [server.requests[0]] * len(server.requests[2:])  # that one is of another shape
     words = step[1]["error"]["message"].replace(KEY, "***") if isinstance(step[1], dict) else "/v1"
-    assert words in told and len(server.requests) == 1 and KEY not in told and "--proposer search" in told
+    assert words in told and KEY not in told and "--proposer search" in told
+    assert len(server.requests) == (3 if step[0] == 400 else 1)  # as it is; not as a stream; without a system message
 
 
 def test_a_refused_key_is_exit_2_and_one_line(checkout, server):
@@ -276,6 +278,29 @@ def test_a_stream_that_breaks_off_or_fails_is_asked_for_again_and_one_at_its_lim
     assert "worker died" in (checkout.root / "runs" / "t" / "0003" / "llm.md").read_text()
 
 
+@pytest.mark.parametrize("how", ["a stream called plain", "plain called a stream", "a line separator"])
+def test_an_answer_is_known_by_what_it_is_and_not_by_what_it_is_called(checkout, server, how):
+    called = {"Content-Type": "application/json" if how == "a stream called plain" else "text/event-stream"}
+    answer = completion(idea(1)) if how == "plain called a stream" else streamed(idea(1).replace(" ", "\u2028", 1))[1]
+    llm(checkout, server, (200, answer, called))
+    assert proposers(checkout) == "baseline llm" and len(server.requests) == 1
+
+
+def test_a_stream_that_is_cut_within_a_line_is_asked_for_again(checkout, server):
+    cut = 200, [*streamed(idea(2), finish=None, end="")[1], 'data: {"choices": [{"del']
+    llm(checkout, server, idea(1), cut, idea(3), experiments=3, outage_s=20.0)
+    assert descriptions(checkout)[1:] == ["idea 1", "idea 3"]
+
+
+def test_a_form_that_is_refused_in_whatever_words_is_made_simpler(checkout, server):
+    words = "Developer instruktion is not enabled for models/tiny"
+    refuse = lambda body: error(400, words) if body["messages"][0]["role"] == "system" else idea(1)  # noqa: E731
+    llm(checkout, server, refuse, refuse, refuse, idea(2), experiments=3)
+    assert proposers(checkout) == "baseline llm llm" and len(server.requests) == 4
+    assert [len(body["messages"]) for body in server.requests] == [2, 2, 1, 1]
+    server.requests.clear()  # of another shape than the others
+
+
 def test_a_server_that_refuses_streams_is_asked_plainly_from_then_on(checkout, server):
     refuse = lambda body: error(400, "stream is not supported") if body.get("stream") else idea(1)  # noqa: E731
     llm(checkout, server, refuse, refuse, idea(2), experiments=3)
@@ -296,9 +321,10 @@ def test_odd_surroundings_are_one_line(checkout, what):
 
 
 def test_a_server_on_this_machine_is_reached_without_the_proxy_and_a_url_may_end_in_white_space(checkout, server):
-    server.script = [(400, {"detail": "no such thing"})]
+    server.script = [(400, {"detail": "no such thing"})] * 3
     done = checkout.run("--sandbox", "off", HTTP_PROXY="http://127.0.0.1:9", OPENAI_BASE_URL=f"{server.url} \r")
-    assert done.returncode == 2 and "no such thing" in done.stderr and len(server.requests) == 1
+    assert done.returncode == 2 and "no such thing" in done.stderr and len(server.requests) == 3
+    del server.requests[2]  # without a system message
 
 
 TOO_LONG = {
@@ -326,6 +352,7 @@ def test_a_request_that_stays_too_long_is_left_to_the_search(checkout, server):
     (checkout.root / "program.md").write_text(LONG_BRIEF)
     llm(checkout, server, idea(1), *[TOO_LONG["a code"]] * 4, idea(2), experiments=4)
     assert proposers(checkout) == "baseline llm search llm" and len(server.requests) == 6
+    del server.requests[4]  # without a system message
 
 
 def test_a_prompt_that_the_server_cuts_is_guessed_from_a_first_reply_of_no_use(checkout, server):
