@@ -622,6 +622,15 @@ def test_a_task_may_have_another_metric_that_is_higher_better_and_without_noise(
     assert "+0.100000  score 1.3" in out and head(folder) == commits(folder)[4]
 
 
+def test_the_readmes_line_for_the_morning_works_as_typed_also_with_a_brief_edited_since(checkout, server):
+    llm(checkout, server, scored(1.05), tag="t")
+    (checkout.root / "program.md").write_text("Another brief.\n")
+    line = re.search(r"\*\*To have the result\*\*: `(.+?)`", (ROOT / "README.md").read_text())[1].replace("<tag>", "t")
+    done = subprocess.run(["sh", "-c", line], cwd=checkout.root, env=checkout.env(), capture_output=True, text=True)
+    assert done.returncode == 0 and checkout.git("symbolic-ref", "--short", "HEAD") == "main", done
+    assert "BPB = 1.05" in checkout.text() and "Another brief." in checkout.git("stash", "show", "-p")
+
+
 def test_a_session_may_start_on_a_detached_head_and_only_one_at_a_time(checkout, server):
     checkout.git("checkout", "-q", "--detach")
 

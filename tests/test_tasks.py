@@ -155,7 +155,10 @@ BAD_TASKS = {
     "not prepared": ("prepare.py", "raise SystemExit('no data')", "the data could not be prepared"),
     "no metric": ("prepare.py", ("sum_of_radii", ""), "has no valid metric"),
     "a wrong kind": ("prepare.py", ('"noise": 0.0', '"noise": "none"'), "has no valid noise"),
+    "not a number": ("prepare.py", ('"noise": 0.0', '"noise": math.nan'), "has no valid noise"),
     "no val": ("prepare.py", ('"judged": {"val": []}', '"judged": {"test": []}'), "has no valid judged"),
+    "no such file": ("prepare.py", ('"handed": []', '"handed": ["x"]'), "has no valid handed"),
+    "half a range": ("prepare.py", ("[0.0, 13.0]", "[0.0, None]"), "has no valid plausible"),
 }
 
 
@@ -172,6 +175,28 @@ def test_a_folder_that_is_no_task_is_one_line(checkout, what):
     checkout.git(*USER, "commit", "-qm", "a task")
     done = checkout.run("--task", str(place), "--proposer", "search")
     assert done.returncode == 2 and words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done
+    assert checkout.git("status", "--porcelain") == ""
+
+
+def test_the_metric_alone_describes_a_task_a_changed_judge_another_and_an_implausible_score_none(checkout):
+    place = checkout.root / "tasks" / "circles"
+    shutil.copytree(TASKS / "circles", place)
+    judge = re.sub(r'    meta \|= \{"(metric|noise).*\n', "", (place / "prepare.py").read_text())
+    judge = judge.replace(
+        '    meta |= {"required": ["main"', '    meta = {"metric": "sum_of_radii", "noise": 0}  # ["main"'
+    )
+    (place / "prepare.py").write_text(judge)
+    checkout.git("add", "-A")
+    checkout.git(*USER, "commit", "-qm", "a task")
+    args = ("--task", str(place), "--sandbox", "off", "--proposer", "search", "--experiments", "1", "--tag")
+    assert (done := checkout.run(*args, "a")).returncode == 0 and "sum_of_radii (lower is better)" in done.stdout
+    assert "300 s" not in done.stdout and "counts no noise" in done.stdout
+    (place / "prepare.py").write_text(judge.replace('"noise": 0}', '"noise": 0, "plausible": [5, 9]}'))
+    checkout.git("checkout", "-q", "main")
+    done = checkout.run(*args, "b")
+    assert done.returncode == 2 and re.search(r"crash .*scoring: \d\S+ is not between 5 and 9", done.stdout)
+    done = checkout.run(*args[:-3], "--verify")
+    assert done.returncode == 2 and "counts no noise: there is nothing to verify" in done.stderr
 
 
 @pytest.mark.parametrize("name, most", [("circles", 250), ("distances", 200), ("images", None)])
