@@ -209,6 +209,11 @@ def searched(text, key, tried=None):
     return found, agent.apply_edits(text, found.edits, "cpu")
 
 
+def test_the_same_key_gives_the_same_step_in_every_version():
+    assert searched(TEXT, "nov21/0002")[0].description == "DECAY 0.2 -> 0.226"
+    assert searched(TEXT, "t/0003")[0].description == "DECAY 0.2 -> 0.193, DEPTH 4 -> 5, ROWS 64 -> 128"
+
+
 BOUNDS = {"0.0": (0, 0.1), "1": (1, 3), "0.95": (0.9, 0.99), "-0.5": (-1, 0), "2": (1, 4), "1.0": (0.01, 100)}
 
 

@@ -618,6 +618,9 @@ def test_a_task_may_have_another_metric_that_is_higher_better_and_without_noise(
     found = facts(folder, "status", "accuracy")[1:]  # 14 % at once: without noise that is no reason to doubt
     assert found == ["keep 1.200000", "discard 1.100000", "discard 1.200000", "keep 1.300000"]
     assert folder.trailers("0005")["Conditions"].startswith("accuracy (higher is better)")
+    asked = server.asked(3)
+    assert asked.index("0004 discard: score 1.2") < asked.index("0003 discard: score 1.1")  # the nearest miss first
+    assert "EXPECTED: +0.001" in asked
     assert "best 1.300000 (0005, " in (out := capsys.readouterr().out) and "0.243831 better than the baseline" in out
     assert "+0.100000  score 1.3" in out and head(folder) == commits(folder)[4]
 
