@@ -11,10 +11,12 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import psutil
-import pytest
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads leave the cores to the tests beside them
 
-import agent
+import psutil  # noqa: E402
+import pytest  # noqa: E402
+
+import agent  # noqa: E402
 
 USER = ("-c", "user.name=u", "-c", "user.email=u@u")
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,18 +201,20 @@ def reply(edits, description="an idea", hypothesis="It should help."):
     return f"HYPOTHESIS: {hypothesis}\nEXPECTED: -0.002\nDESCRIPTION: {description}\n{edits}\n"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def table(request):
     """Rows (trick, property, verdict, caught where, where with the guard off) that the end of the output shows."""
-    request.config.stash[TABLE] = rows = []
-    return rows
+
+    class Table:
+        def append(self, row):
+            request.node.user_properties.append(("trick", row))
+
+    return Table()
 
 
-TABLE = pytest.StashKey()
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash.get(TABLE, [])
+def pytest_terminal_summary(terminalreporter):
+    reports = [one for reports in terminalreporter.stats.values() for one in reports if hasattr(one, "user_properties")]
+    rows = [row for one in reports if one.when == "call" for name, row in one.user_properties if name == "trick"]
     if rows:
         terminalreporter.section("tricks")
         for row in [("trick", "property", "caught by", "with the guard off", "verdict"), *rows]:
