@@ -8,10 +8,10 @@ STEPS = 800  # of descent, from random centres to a packing [100, 10000]
 RATE = 0.01  # of the first step, in widths of the square; falls to 0 [0.001, 0.1]
 MOMENTUM = 0.9  # of Adam [0, 0.99]
 STIFF_FIRST = 3.0  # weight of the penalty at the first step [0.3, 100]
-STIFF_LAST = 300.0  # at the last one [30, 10000]
+STIFF_LAST = 2000.0  # at the last one [30, 10000]
 RADIUS = 0.05  # of all circles at first [0.001, 0.1]
 KICKED = 0.25  # share of the packings that begin as the best so far, disturbed [0, 1]
-KICK = 0.05  # how far, in widths of the square [0.001, 0.5]
+KICK = 0.1  # how far, in widths of the square [0.001, 0.5]
 
 COUNT = prepare.CIRCLES
 SELF = 9 * np.eye(COUNT)  # keeps a circle from meeting itself

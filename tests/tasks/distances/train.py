@@ -5,10 +5,10 @@ import prepare
 
 SETS = 64  # of points, improved side by side [8, 1024]
 STEPS = 1000  # of descent, from random points to a set [100, 10000]
-RATE = 0.02  # of the first step, in widths of the square that the points begin in; falls to 0 [0.001, 0.2]
+RATE = 0.01  # of the first step, in widths of the square that the points begin in; falls to 0 [0.001, 0.2]
 MOMENTUM = 0.9  # of Adam [0, 0.99]
 SHARP_FIRST = 5.0  # how much the extreme distances count beside the others, at the first step [0.5, 50]
-SHARP_LAST = 200.0  # at the last one [30, 10000]
+SHARP_LAST = 1500.0  # at the last one [30, 10000]
 KICKED = 0.25  # share of the sets that begin as the best so far, disturbed [0, 1]
 KICK = 0.05  # how far, in its largest distance [0.001, 0.5]
 
