@@ -42,7 +42,7 @@ import time
 import traceback
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import cached_property, lru_cache
@@ -92,7 +92,7 @@ FORM = {
     "system": r"system|\brole|instruction",
 }  # not all servers take; their words for it
 UNPROTECTED = "What the model writes runs with your rights: it can read your files, use the network, leave processes."
-WAYS_ON = "Set OPENAI_API_KEY, or OPENAI_BASE_URL for a local server, or go without a model: --proposer search"
+WAYS_ON = "Set OPENAI_API_KEY, or OPENAI_BASE_URL (with /v1) for a local server, or go without a model: --proposer search"
 BOOTTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # a clock that goes on while the machine sleeps
 TOO_GOOD = "too good to believe at once"
 
@@ -154,9 +154,9 @@ class Over(Exception):
 
 
 class NoReply(Exception):
-    """The model's server gave no answer; status: its own, 0 where it was not reached, -1: nor will it be."""
+    """The model's server gave no answer; status: its own, 0 where it has none."""
 
-    def __init__(self, reason: str, status: int = -1, wait_s: float = 0.0):
+    def __init__(self, reason: str, status: int = 0, wait_s: float = 0.0):
         super().__init__(reason)
         self.status, self.wait_s = status, wait_s
 
@@ -297,12 +297,9 @@ class Session:
     chars: int = REQUEST_CHARS  # that a request may have
     limits: tuple = LIMITS  # of a reply's length that the server has not refused yet
     without: tuple[str, ...] = ()  # what of FORM the server does not take
-    slowest_s: float = 0.0  # of its replies; 0: none yet
-    asked_at: float = 0.0  # of time.monotonic, the request in flight
-    heard: int = 0  # characters of its reply that have come
+    heard: int = 0  # bytes of the reply in flight that have come
     tokens: int = 0  # spent
-    asked: Future | None = None  # of a proposal
-    ready: Row | None = None  # the next proposal, before its turn
+    asked: Future | None = None  # the next proposal
 
     @property
     def branch(self) -> str:
@@ -311,11 +308,6 @@ class Session:
     @property
     def runs(self) -> Path:
         return self.config.root / "runs" / self.config.tag
-
-    @property
-    def reply_s(self) -> float:
-        """How long one request may take: at first long, then by what is usual for this model."""
-        return max(REPLY_S, 3 * self.slowest_s)
 
     @property
     def left_s(self) -> float:
@@ -1401,10 +1393,8 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
         first = "\n\n".join(m["content"] for m in messages[:2])
         messages = [{"role": "user", "content": first}, *messages[2:]]
     how = {} if "stream" in s.without else {"stream": True, "stream_options": {"include_usage": True}}
-    began, s.heard = time.monotonic(), 0
-    s.asked_at = began
     try:
-        with client(s.config, s.reply_s) as asking:
+        with client(s.config, REPLY_S) as asking:
             asked = asking.chat.completions.with_streaming_response
             with asked.create(model=s.model, messages=messages, **how, **dict(s.limits[:1])) as response:
                 answer = whole_answer(s, response)
@@ -1413,11 +1403,10 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
         status = int(error["code"]) if isinstance(error, dict) and str(error.get("code")).isdigit() else 500
         message, usage = choice.get("message") or {}, answer.get("usage") or {}
     except (openai.OpenAIError, http.HTTPError, *NO_SERVER) as odd:
-        unheard = isinstance(odd, (openai.APIConnectionError, http.HTTPError, TimeoutError)) or s.heard > 0
-        status = getattr(odd, "status_code", 0 if unheard else -1)
-        wait_s = odd.response.headers.get("retry-after", "") if status > 0 else ""
-        what = "no answer of a model, is the URL complete, with /v1? " * (status < 0) + said(s.config, odd)
-        raise NoReply(what, status, min(float(wait_s), 86_400.0) if re.fullmatch(r"[\d.]+", wait_s) else 0.0) from None
+        status = getattr(odd, "status_code", 0)
+        wait_s = odd.response.headers.get("retry-after", "") if status else ""
+        wait_s = min(float(wait_s), 86_400.0) if re.fullmatch(r"[\d.]+", wait_s) else 0.0
+        raise NoReply(said(s.config, odd), status, wait_s) from None
     if error or not choice:
         raise NoReply(said(s.config, error or "an answer without a reply"), status)
     texts = (words(message.get(name)) for name in ("content", "reasoning_content", "reasoning"))
@@ -1425,43 +1414,30 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
     sizes = size_of(messages) // 4, len(text) // 4
     counted = [usage.get(f"{name}_tokens") for name in ("prompt", "completion", "total")]
     s.tokens += counted[2] or sum(one or size for one, size in zip(counted, sizes))
-    s.slowest_s = max(s.slowest_s, time.monotonic() - began)
     return Reply(text, size_of(messages), counted[0] or 0, choice.get("finish_reason") == "length")
 
 
 def whole_answer(s: Session, response) -> dict:
-    """A server's answer as one object; s.heard says how much of a stream has come. Raises ValueError, TimeoutError."""
-    message, found = defaultdict(str), {}
-    for event in events(response):
+    """A server's answer as one object, whether it is one or a stream. Raises ValueError, TimeoutError."""
+    body, message, found, began = b"", defaultdict(str), {}, time.monotonic()
+    for part in response.iter_bytes():
+        body += part
+        s.heard = len(body)
+        if time.monotonic() - began > REPLY_S:
+            raise TimeoutError(f"no answer within {REPLY_S:.0f} s")
+    events = [line[5:].strip() for line in body.split(b"\n") if line.startswith(b"data:")]
+    if not events:
+        return json.loads(body)
+    for event in (json.loads(data) for data in events if data not in (b"", b"[DONE]")):
         found |= {name: event[name] for name in ("usage", "error") if event.get(name)}
         for choice in event.get("choices") or ():
             for name, part in (choice.get("delta") or {}).items():
                 message[name] += words(part)
-            s.heard = sum(map(len, message.values()))
             if choice.keys() & {"message", "error"} or choice.get("finish_reason"):
                 found["choices"] = [{"message": message} | choice]
-        if event.get("done") and message:
-            found.setdefault("choices", [{"message": message}])
-        if time.monotonic() - s.asked_at > s.reply_s:
-            raise TimeoutError(f"not at its end after {s.reply_s:.0f} s")
+    if message and b"[DONE]" in events:
+        found.setdefault("choices", [{"message": message}])
     return found  # without choices where it was cut off
-
-
-def events(response) -> Iterator[dict]:
-    """The JSON objects of an answer: the one that it is, or those of its stream. Raises ValueError where it has none."""
-    rest, whole, none = b"", False, True
-    for part in response.iter_bytes():
-        rest += part
-        whole = whole or none and rest.lstrip().startswith(b"{")
-        *lines, rest = [rest] if whole else rest.split(b"\n")
-        for data in (line[5:].strip() for line in lines if line.startswith(b"data:")):
-            if data == b"[DONE]":
-                return (yield {"done": True})
-            if data:
-                none = False
-                yield json.loads(data)
-    if whole or none:
-        yield json.loads(rest)
 
 
 def words(part: object) -> str:
@@ -1475,13 +1451,13 @@ def size_of(messages: list[dict]) -> int:
     return sum(len(m["content"]) for m in messages)
 
 
-def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], log: Path, future: Future) -> Reply:
+def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], log: Path) -> Reply:
     """A reply, waiting out short outages, with the request made as the server will have it. Raises NoReply."""
     since, wait_s, before, tried, halved, smallest = time.monotonic(), 0.5, (s.chars, s.without), [], 0, math.inf
     while True:
         messages, most = about() + lessons, s.config.max_llm_tokens
-        if most and s.tokens >= most or future.cancelled():
-            raise NoReply(f"{s.tokens:,} tokens are spent, of {most or 0:,} (--max-llm-tokens)")
+        if most and s.tokens >= most:
+            raise NoReply(f"{s.tokens:,} tokens are spent, of {most:,} (--max-llm-tokens)")
         try:
             reply = ask_once(s, messages)
             keep_exchange(log, [*messages[-1 if lessons else 0 :], {"role": "reply", "content": reply.text}])
@@ -1502,7 +1478,7 @@ def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], 
             else:
                 s.chars = before[0]  # that was not it
                 passing = status in (0, 408, 409, 425) or status >= 500 or status == 429 and "quota" not in text
-                patience_s = s.config.outage_s if s.slowest_s or status else min(5.0, s.config.outage_s)
+                patience_s = s.config.outage_s if s.tokens or status else min(5.0, s.config.outage_s)
                 wait_s = max(wait_s, error.wait_s)
                 if not passing or time.monotonic() - since + wait_s > patience_s:
                     s.without = before[1]
@@ -1517,13 +1493,13 @@ def keep_exchange(log: Path, parts: list[dict]) -> None:
         file.writelines(f"\n<!-- {part['role']} -->\n\n{part['content']}\n" for part in parts)
 
 
-def propose(s: Session, state: State, future: Future, running: Job | None = None) -> Row:
+def propose(s: Session, state: State, running: Job | None = None) -> Row:
     """The model's next proposal, and before it, when they are due, its notes. Raises NoReply."""
     path, done, log, tried = s.runs / "notes.md", candidates(state.search), s.runs / "next.md", state.tried
     old = read_text(path)
     noted = int((re.findall(r"after experiment (\d+)", old[:200]) or ["0"])[0])
     if sum(int(r.id) > noted for r in done) >= NOTES_ROWS:
-        reply = patiently(s, lambda: request(s, state, ask=NOTES_FORMAT), [], log, future)
+        reply = patiently(s, lambda: request(s, state, ask=NOTES_FORMAT), [], log)
         text = without_thoughts(reply.text).strip()
         text = text if "## " in text else re.sub(r"\A<!--.*?-->\s*", "", old, flags=re.S)  # no notes: these stay
         title = f"Written by {s.model} after experiment {done[-1].id}, and anew every {NOTES_ROWS}"
@@ -1533,16 +1509,16 @@ def propose(s: Session, state: State, future: Future, running: Job | None = None
     if running:
         tried[program_key(running.text)] = replace(running.row, id="that runs now")
     role = brief_of(s, state, bool(running))[1][0]
-    row = converse(s, lambda: request(s, state, running), log, state.text, tried, future)
+    row = converse(s, lambda: request(s, state, running), log, state.text, tried)
     return replace(row, role=role, parent=state.stand)
 
 
-def converse(s: Session, about: Callable, log: Path, base: str, tried: dict[str, Row], future: Future) -> Row:
+def converse(s: Session, about: Callable, log: Path, base: str, tried: dict[str, Row]) -> Row:
     """Ask until a reply applies to `base` and may train; what cannot be used goes back with a lesson. Raises NoReply."""
     lessons, spent = [], s.tokens
     for refused in range(USELESS):
-        first = not s.slowest_s
-        reply = patiently(s, about, lessons, log, future)
+        first = not s.tokens
+        reply = patiently(s, about, lessons, log)
         try:
             if reply.cut:
                 raise EditError(f"The reply was cut off after {len(reply.text)} characters. Think less, write less.")
@@ -1560,30 +1536,27 @@ def converse(s: Session, about: Callable, log: Path, base: str, tried: dict[str,
     raise NoReply(f"{USELESS} replies in a row could not be used")
 
 
-def begin_asking(work: Callable[[Future], Row]) -> Future:
-    """What `work` returns, from a thread that nobody has to wait for."""
+def asking(work: Callable[[], Row]) -> Future:
+    """What `work` returns or raises, from a thread that nobody has to wait for."""
     future = Future()
 
     def answer() -> None:
-        with contextlib.suppress(InvalidStateError):  # nobody waits for it any more
-            try:
-                future.set_result(work(future))
-            except Exception as error:  # goes to who waits for it
-                future.set_exception(error)
+        try:
+            future.set_result(work())
+        except Exception as error:  # goes to who waits for it
+            future.set_exception(error)
 
     threading.Thread(target=answer, daemon=True).start()
     return future
 
 
-def awaited(s: Session, future: Future) -> Row:
-    """What the model proposes, waited for as long as is usual for it. Raises NoReply, Over."""
-    s.asked_at = time.monotonic()
+def awaited(s: Session, future: Future) -> Future:
+    """The same, when the model has proposed something, or failed. Raises Over."""
+    began = time.monotonic()
     while not future.done():
-        heard = f", {s.heard:,} characters have come" * bool(s.heard)
-        s.pause(POLL_S, f"asking {s.model}, {time.monotonic() - s.asked_at:.0f} s{heard}")
-        if time.monotonic() - s.asked_at > s.reply_s + 1 and future.cancel():
-            raise NoReply(f"no answer within {s.reply_s:.0f} s")
-    return future.result()
+        heard = f", {s.heard / 1000:.1f} kB have come" * bool(s.heard)
+        s.pause(POLL_S, f"asking {s.model}, {time.monotonic() - began:.0f} s{heard}")
+    return future
 
 
 # ---- What a person sees ----------------------------------------------------------------------------------------------
@@ -1832,25 +1805,28 @@ def candidate(s: Session, state: State) -> Job | None:
 
     None where it had to be waited for, as the refs may have moved meanwhile, or does not fit.
     """
-    preset, key = s.task.preset, f"{s.config.tag}/{state.next_id}"
-    step = lambda: search_proposal(state.text, key, state.tried, s.task)  # noqa: E731
-    if s.ready is None and not for_search(s, state):
+    row, instead = None, ""
+    if not for_search(s, state):
+        if not (s.asked and s.asked.done()):
+            s.asked = awaited(s, s.asked or asking(lambda: propose(s, state)))
+            return None
+        asked, s.asked = s.asked, None
         try:
-            s.ready = awaited(s, s.asked or begin_asking(lambda future: propose(s, state, future)))
+            row = asked.result()
         except NoReply as error:
+            instead = str(error)
             s.screen.say(f"      no proposal from {s.model} ({error}); the search makes this one")
-            try:
-                s.ready = replace(step(), instead=str(error))
-            except UserError as nothing:
-                s.pause(60.0, f"waiting for the model: {nothing}")
-        finally:
-            s.asked = None
-        return None
-    row, s.ready = s.ready or step(), None
+    try:
+        key = f"{s.config.tag}/{state.next_id}"
+        row = row or replace(search_proposal(state.text, key, state.tried, s.task), instead=instead)
+    except UserError as nothing:
+        if not instead:
+            raise
+        return s.pause(60.0, f"waiting for the model: {nothing}")
     try:
         if row.parent not in ("", state.stand) and any(edit.kind == "file" for edit in row.edits):
             raise EditError("it is a whole file, made from an earlier best")
-        text = apply_edits(state.text, row.edits, preset)
+        text = apply_edits(state.text, row.edits, s.task.preset)
         guard(text, state.text, state.tried, s.task, s.config.guard)
         return Job("candidate", text, row)
     except EditError as error:
@@ -1860,9 +1836,9 @@ def candidate(s: Session, state: State) -> Job | None:
 def ask_ahead(s: Session, state: State, job: Job) -> None:
     """Ask for the next proposal while this job runs, where the model computes elsewhere and there will be a next."""
     late, ahead = s.left_s < (2 + len(verification(s, state))) * run_s(s, state), job.kind == "candidate"
-    needless = s.asked or s.ready or rows_left(s, state) <= 1 or late or for_search(s, state, ahead)
+    needless = s.asked or rows_left(s, state) <= 1 or late or for_search(s, state, ahead)
     if s.elsewhere and state.best and not needless:
-        s.asked = begin_asking(lambda future: propose(s, state, future, job if ahead else None))
+        s.asked = asking(lambda: propose(s, state, job if ahead else None))
 
 
 def run(s: Session, state: State, job: Job) -> tuple[Job, Result]:
@@ -1913,7 +1889,7 @@ def repaired(s: Session, state: State, job: Job, result: Result) -> Job | None:
     crash += f"failing train.py:\n\n```python\n{job.text}```"
     about, log, tried = lambda: request(s, state, ask=crash), folder / "llm.md", state.tried  # noqa: E731
     try:
-        found = awaited(s, begin_asking(lambda future: converse(s, about, log, job.text, tried, future)))
+        found = awaited(s, asking(lambda: converse(s, about, log, job.text, tried))).result()
     except NoReply as error:
         return s.screen.say(f"      no repair from {s.model} ({error})")
     if s.left_s < run_s(s, state):
@@ -2064,8 +2040,9 @@ def begin(s: Session, resumed: bool) -> None:
         s.elsewhere = not is_local(s.config) if s.config.prefetch is None else s.config.prefetch
         s.model = find_model(s.config)
         if state.best or s.config.experiments != 1:
+            s.asked = awaited(s, asking(lambda: propose(s, state)))
             try:
-                s.ready = awaited(s, begin_asking(lambda future: propose(s, state, future)))
+                s.asked.result()
             except NoReply as error:
                 raise UserError(f"{s.config.base_url}, model {s.model}: {error}. {WAYS_ON}") from None
     s.gpu_mb = gpu()[1]  # with a local model loaded
@@ -2140,7 +2117,7 @@ def show_request(config: Config) -> int:
     s.model, state = find_model(config), recall(s)
     for part in request(s, state):
         print(f"<!-- {part['role']} -->\n\n{part['content']}\n", flush=True)
-    text = patiently(s, lambda: request(s, state), [], Path(os.devnull), Future()).text
+    text = patiently(s, lambda: request(s, state), [], Path(os.devnull)).text
     print(f"<!-- reply -->\n\n{text}\n", flush=True)
     row = parse_reply(text)
     guard(apply_edits(state.text, row.edits, s.task.preset), state.text, state.tried, s.task)

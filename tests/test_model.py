@@ -135,7 +135,8 @@ def test_a_refusal_at_the_start_ends_at_once_with_the_servers_words_and_without_
     server.requests[2:] = [server.requests[0]] * len(server.requests[2:])  # that one is of another shape
     words = step[1]["error"]["message"].replace(KEY, "***") if isinstance(step[1], dict) else "/v1"
     assert words in told and KEY not in told and "--proposer search" in told
-    assert len(server.requests) == (3 if step[0] == 400 else 1)  # as it is; not as a stream; without a system message
+    again = step[0] == 400 or not isinstance(step[1], dict)  # not as a stream; without a system message; a little later
+    assert len(server.requests) in ((2, 3) if again else (1,))
 
 
 def test_a_refused_key_is_exit_2_and_one_line(checkout, server):
@@ -196,7 +197,7 @@ def test_retry_after_is_obeyed_and_beyond_the_patience_the_search_stands_in_at_o
 
 
 def test_what_refuses_later_is_one_line_and_the_search_stands_in_each_time(checkout, server, capsys):
-    down = [error(401, f"key {KEY} revoked"), (200, "<html>Log in</html>"), error(503, f"down, {KEY}")]
+    down = [error(401, f"key {KEY} revoked"), error(403, "Log in"), error(503, f"down, {KEY}")]
     server.script = [idea(1), *down[:2], idea(2), *down[2:] * 9]
     assert llm(checkout, server, experiments=6, outage_s=0.7, api_key=KEY) == 0
     assert proposers(checkout) == "baseline llm search search llm search"
