@@ -92,7 +92,7 @@ FORM = {
     "system": r"system|\brole|instruction",
 }  # not all servers take; their words for it
 UNPROTECTED = "What the model writes runs with your rights: it can read your files, use the network, leave processes."
-WAYS_ON = "Set OPENAI_API_KEY, or OPENAI_BASE_URL (with /v1) for a local server, or go without a model: --proposer search"
+WAYS_ON = "Set OPENAI_API_KEY, or OPENAI_BASE_URL (with /v1) for a local server, or use no model: --proposer search"
 BOOTTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # a clock that goes on while the machine sleeps
 TOO_GOOD = "too good to believe at once"
 
@@ -132,7 +132,7 @@ Knob = namedtuple("Knob", "name value low high span")  # a hyperparameter of tra
 Noise = namedtuple("Noise", "sd repeats")  # standard deviation of one run's score over seeds; how many tell of it
 Gain = namedtuple("Gain", "mean low high")  # by how much the best is better than the baseline, and its 95 % interval
 Ended = namedtuple("Ended", "handed_s killed code blame")  # of a child: see watch()
-Reply = namedtuple("Reply", "text chars tokens cut")  # chars, tokens: of its request; cut: off, by the limit
+Reply = namedtuple("Reply", "text cut")  # cut: off, by the limit of its length
 # What a run gave. status: "", crash, invalid, void (the machine's fault, run again); blocks: of its score, by split;
 # measured: columns of its row
 Result = namedtuple("Result", "status reason blocks measured", defaults=("", "", {}, {}))
@@ -1271,12 +1271,11 @@ def request(s: Session, state: State, running: Job | None = None, ask: str = "")
     before = [f"# The brief (program.md)\n\n{brief}", f"# Facts\n\nScores compare under these: {s.task.conditions}."]
     before += [f"# The best train.py so far\n\n```python\n{state.text}```"]
     now = f"# Now\n\nThe best is {best}; {noise_line(state)}. Propose one experiment that was not tried yet."
-    numbers = [k for k in knobs(state.text, s.task.preset).values() if type(k.value) in (int, float)]
-    if numbers := [k for k in numbers if k.low is not None] or numbers:
-        k = (rng := random.Random(state.next_id)).choice(numbers)  # another each time: small models copy what they see
+    with contextlib.suppress(UserError):  # of what the search finds: another each time, as small models copy it
+        edit, *_ = search_proposal(state.text, state.next_id, {}, s.task).edits
         now += "\n\nAn example of a whole reply, for its form only, not its idea:\n\nHYPOTHESIS: it may be off.\n"
-        now += f"EXPECTED: {'-' if s.task.lower_is_better else '+'}0.001\nDESCRIPTION: another {k.name}\n"
-        now += f"SET {k.name} = {moved(k, rng)}"
+        now += f"EXPECTED: {'-' if s.task.lower_is_better else '+'}0.001\nDESCRIPTION: another {edit.old}\n"
+        now += f"SET {edit.old} = {edit.new}"
     after = [*recent(s, state, running), *stuck]
     after += [f"# Your role this time: {role[0]}\n\n{role[1]}"] if role[1] else []
     room = s.chars - sum(map(len, (*before, notes, *after, ask or now)))
@@ -1411,10 +1410,10 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
         raise NoReply(said(s.config, error or "an answer without a reply"), status)
     texts = (words(message.get(name)) for name in ("content", "reasoning_content", "reasoning"))
     text = next((text for text in texts if text.strip()), "").encode("utf-8", "replace").decode()
-    sizes = size_of(messages) // 4, len(text) // 4
+    sizes = sum(len(m["content"]) for m in messages) // 4, len(text) // 4
     counted = [usage.get(f"{name}_tokens") for name in ("prompt", "completion", "total")]
     s.tokens += counted[2] or sum(one or size for one, size in zip(counted, sizes))
-    return Reply(text, size_of(messages), counted[0] or 0, choice.get("finish_reason") == "length")
+    return Reply(text, choice.get("finish_reason") == "length")
 
 
 def whole_answer(s: Session, response) -> dict:
@@ -1446,14 +1445,9 @@ def words(part: object) -> str:
     return "".join(str(piece.get("text") or "") for piece in part)
 
 
-def size_of(messages: list[dict]) -> int:
-    """Characters of a request."""
-    return sum(len(m["content"]) for m in messages)
-
-
 def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], log: Path) -> Reply:
     """A reply, waiting out short outages, with the request made as the server will have it. Raises NoReply."""
-    since, wait_s, before, tried, halved, smallest = time.monotonic(), 0.5, (s.chars, s.without), [], 0, math.inf
+    since, wait_s, before, halved = time.monotonic(), 0.5, (s.chars, s.without), 0
     while True:
         messages, most = about() + lessons, s.config.max_llm_tokens
         if most and s.tokens >= most:
@@ -1464,24 +1458,23 @@ def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], 
             return reply
         except NoReply as error:
             keep_exchange(log, [{"role": "no reply", "content": str(error)}])
-            size, status, text = size_of(messages), error.status, str(error)
-            left = [part for part in FORM if part not in (*s.without, *tried)]
+            size, status, text = sum(len(m["content"]) for m in messages), error.status, str(error)
+            refused, left = status in (400, 402, 405, 413, 415, 422), [part for part in FORM if part not in s.without]
             named = [part for part in left if re.search(FORM[part], text, re.I)]
-            if status in (400, 402, 422) and any(str(part) in text for limit in s.limits[:1] for part in limit):
+            if refused and any(str(part) in text for limit in s.limits[:1] for part in limit):
                 s.limits = s.limits[1:]
-            elif named and status in (400, 405, 415, 422, 500, 501):
-                tried, s.without = [*tried, named[0]], (*s.without, named[0])
-            elif status in (400, 413, 422, 500) and 12_000 < size < smallest and halved < (1 if status == 500 else 3):
-                halved, smallest, s.chars = halved + 1, size, size // 2  # too long, perhaps, whatever its words
-            elif left and status in (400, 422):  # its form, perhaps, whatever its words
-                tried, s.chars, s.without = [*tried, left[0]], before[0], (*s.without, left[0])
+            elif named and (refused or status in (500, 501)):
+                s.without = (*s.without, named[0])
+            elif size > 12_000 and halved < (3 if refused else status == 500):
+                halved, s.chars = halved + 1, size // 2  # too long, perhaps, whatever its words
+            elif left and refused:  # its form, perhaps, whatever its words
+                s.chars, s.without = before[0], (*s.without, left[0])
             else:
-                s.chars = before[0]  # that was not it
+                (s.chars, s.without), halved = before, 0  # that was not it
                 passing = status in (0, 408, 409, 425) or status >= 500 or status == 429 and "quota" not in text
                 patience_s = s.config.outage_s if s.tokens or status else min(5.0, s.config.outage_s)
                 wait_s = max(wait_s, error.wait_s)
                 if not passing or time.monotonic() - since + wait_s > patience_s:
-                    s.without = before[1]
                     raise
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, 60.0)
@@ -1513,11 +1506,10 @@ def propose(s: Session, state: State, running: Job | None = None) -> Row:
     return replace(row, role=role, parent=state.stand)
 
 
-def converse(s: Session, about: Callable, log: Path, base: str, tried: dict[str, Row]) -> Row:
+def converse(s: Session, about: Callable, log: Path, base: str, tried: dict[str, Row], tries: int = USELESS) -> Row:
     """Ask until a reply applies to `base` and may train; what cannot be used goes back with a lesson. Raises NoReply."""
     lessons, spent = [], s.tokens
-    for refused in range(USELESS):
-        first = not s.tokens
+    for refused in range(tries):
         reply = patiently(s, about, lessons, log)
         try:
             if reply.cut:
@@ -1526,14 +1518,12 @@ def converse(s: Session, about: Callable, log: Path, base: str, tried: dict[str,
             guard(apply_edits(base, row.edits, s.task.preset), base, tried, s.task, s.config.guard)
             return replace(row, model=s.model, refused=refused or None, llm_tokens=s.tokens - spent)
         except EditError as error:
-            if first and 0 < reply.tokens * 6 < reply.chars > 8000:
-                cut = f"perhaps the server cuts the prompt to {reply.tokens} tokens, of about {reply.chars // 4}"
-                raise NoReply(f"{cut}. A longer context may help (Ollama: OLLAMA_CONTEXT_LENGTH=32768)") from None
             s.screen.say(f"      refused before training: {one_line(str(error))[:160]}")
             lesson = f"{error}\n\nNothing was run. Send the whole reply again, every edit of it, in the same form."
             lessons = [] if len(lessons) >= 6 else lessons  # three lessons that did not help: begin anew
             lessons += [{"role": "assistant", "content": reply.text or "-"}, {"role": "user", "content": lesson}]
-    raise NoReply(f"{USELESS} replies in a row could not be used")
+    why = "perhaps the server cuts long requests (Ollama: OLLAMA_CONTEXT_LENGTH=32768)"
+    raise NoReply(f"{tries} replies in a row could not be used; {why}")
 
 
 def asking(work: Callable[[], Row]) -> Future:
@@ -2112,16 +2102,11 @@ def show(config: Config) -> int:
 
 
 def show_request(config: Config) -> int:
-    """Print one whole request and the reply to it; train nothing. Raises NoReply, EditError where it does not apply."""
+    """Print one whole request and the reply to it; train nothing. Raises NoReply, also where it does not apply."""
     s, _ = opened(config)
     s.model, state = find_model(config), recall(s)
-    for part in request(s, state):
-        print(f"<!-- {part['role']} -->\n\n{part['content']}\n", flush=True)
-    text = patiently(s, lambda: request(s, state), [], Path(os.devnull)).text
-    print(f"<!-- reply -->\n\n{text}\n", flush=True)
-    row = parse_reply(text)
-    guard(apply_edits(state.text, row.edits, s.task.preset), state.text, state.tried, s.task)
-    print(f"The reply of {s.model}, {s.tokens} tokens in all, applies: {row.description}")
+    row = converse(s, lambda: request(s, state), Path("/dev/stdout"), state.text, state.tried, tries=1)
+    print(f"\nThe reply of {s.model}, {s.tokens} tokens in all, applies: {row.description}")
     return 0
 
 
@@ -2172,9 +2157,8 @@ def main(argv: list[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         return session(config)
-    except (UserError, OSError, NoReply, EditError) as error:
-        what = "the reply does not apply: " * isinstance(error, EditError)
-        print(f"agent.py: {what}{one_line(str(error))}", file=sys.stderr)
+    except (UserError, OSError, NoReply) as error:
+        print(f"agent.py: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
