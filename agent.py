@@ -1617,8 +1617,6 @@ def noise_line(state: State) -> str:
     if not state.task.noise:
         return "the task counts no noise: a score stands as it was measured"
     sd, repeats = state.noise
-    if math.isnan(sd):
-        return "the noise of a seed is told where the data are prepared"
     return f"noise of a seed {sd:.4f} (standard deviation, from {repeats} repeats and the task's prior)"
 
 
@@ -1633,30 +1631,33 @@ def standing(state: State) -> str:
     return f"best {state.bar:.6f} ({state.best.id}, {mean}), {gain:.6f} better than the baseline; {counts}"
 
 
-def believed(state: State) -> str:
-    """How far the numbers of a search can be believed: the verified gain, the noise."""
+def summary(s: Session, state: State) -> str:
+    """What the record says of a search in a few lines, and how far that can be believed."""
     kept = any(r.status == "keep" for r in candidates(state.search))
-    unsure = "Not verified on fresh seeds (--verify)." * (state.task.noise != 0)
-    return f"{state.verified()[1] or (unsure if kept else 'Nothing was kept: there is no gain.')}\n{noise_line(state)}".strip()
+    unsure = "Not verified on fresh seeds (--verify)." * (s.task.noise != 0) if kept else "Nothing was kept: no gain."
+    lines = [f"{s.branch}: {s.task.conditions}", standing(state), state.verified()[1] or unsure, noise_line(state)]
+    lines += [f"rows: results.tsv   runs/{s.config.tag}/: report.md, progress.png, best/"]
+    lines += [f"to have it: git checkout YOUR-BRANCH && git merge {s.branch}, or: git log {s.branch}"] * kept
+    return "\n".join(filter(None, lines))
 
 
 def draw(state: State, path: Path) -> None:
     """The progress picture: every score a dot, the running best a step line in its noise, keeps labelled."""
     from matplotlib.figure import Figure
 
-    keeps = [(int(r.id), state.means[r.text], r.description) for r in state.search if r.status == "keep"]
+    keeps = [r for r in state.search if r.status == "keep"]
     others = [r for r in state.search if r.status != "keep" and r.score is not None]
-    x, y = [k[0] for k in keeps] + [int(state.search[-1].id) + 0.5], [k[1] for k in keeps] + [keeps[-1][1]]
+    x, y, sd = [int(r.id) for r in keeps], [state.means[r.text] for r in keeps], state.noise.sd
     axes = (figure := Figure(figsize=(12, 6), dpi=130, layout="constrained")).subplots()
-    colors = ["#5577aa" if r.repeats else "#b8b8b8" for r in others]
-    axes.scatter([int(r.id) for r in others], [r.score for r in others], c=colors, label="discarded; blue: a repeat")
-    axes.step(x, y, where="post", marker="o", color="#2a9d5c", label="best so far, mean of its runs")
-    band = ([v + way * state.noise.sd for v in y] for way in (-1, 1))
-    axes.fill_between(x, *band, step="post", color="#2a9d5c", alpha=0.12, lw=0, label="noise of a seed")
-    for id, value, what in keeps:
-        text, style = textwrap.shorten(what, 40), {"rotation": 40, "fontsize": 8.5, "color": "#22633f"}
+    for id, value, r in zip(x, y, keeps):
+        text, style = textwrap.shorten(r.description, 40), {"rotation": 40, "fontsize": 8.5, "color": "#22633f"}
         axes.annotate(text, (id, value), (3, 7), textcoords="offset points", parse_math=False, **style)
-    room = 0.35 * (max(y) - min(y)) + 3 * state.noise.sd  # what is far worse than the baseline is cut off
+    axes.scatter([int(r.id) for r in others], [r.score for r in others], c="#b8b8b8", label="not kept, or a repeat")
+    x, y = [*x, int(state.search[-1].id) + 0.5], [*y, y[-1]]
+    axes.step(x, y, where="post", marker="o", color="#2a9d5c", label="best so far, mean of its runs")
+    low, high = [value - sd for value in y], [value + sd for value in y]
+    axes.fill_between(x, low, high, step="post", color="#2a9d5c", alpha=0.12, lw=0, label="noise of a seed")
+    room = 0.35 * (max(y) - min(y)) + 3 * sd  # what is far worse than the baseline is cut off
     axes.set_ylim(*((None, y[0] + room) if state.task.lower_is_better else (y[0] - room, None)))
     gains = [f"\n{split}, fresh seeds: better by {interval(gain)}" for split, gain in state.verified()[0].items()]
     axes.set_title(f"{state.search[0].tag}: {standing(state)}{''.join(gains)}", fontsize=10)
@@ -1688,7 +1689,7 @@ def report(s: Session, state: State) -> str:
     odd = grouped(s.task, odd, "anomaly", lambda r: f"search: {r.instead}" if r.instead else f"{r.status}: {r.reason}")
     refused = f"{sum(r.refused or 0 for r in state.mine)} replies were refused before training."
     keeps = "\n".join(f"* {row_line(s.task, r)}, `{r.commit[:7]}`" for r in state.search if r.status == "keep")
-    parts = [f"# {s.branch}", f"{standing(state)}.", believed(state), "![progress](progress.png)"]
+    parts = [f"# {s.branch}", summary(s, state).replace("\n", "\n\n"), "![progress](progress.png)"]
     parts += ["## Keeps: id, score, gain on what it had to beat as the search saw it, what it was", keeps]
     parts += ["## What was tried, on all branches that compare", *tables, "## Anomalies", refused, odd]
     s.runs.mkdir(parents=True, exist_ok=True)
@@ -1867,54 +1868,43 @@ def run(s: Session, state: State, job: Job) -> tuple[Job, Result]:
 def repaired(s: Session, state: State, job: Job, result: Result) -> Job | None:
     """A mended form of what crashed, by the model that made it; None where it finds none. Raises Over."""
     folder, row = s.runs / state.next_id, job.row
-    if row.proposer != "llm" or job.kind != "candidate" or s.left_s < run_s(s, state):
+    hopeless = s.left_s < run_s(s, state) or result.reason.startswith("timeout")  # what hangs would keep us for hours
+    if row.proposer != "llm" or job.kind != "candidate" or hopeless:
         return None
-    if result.reason.startswith("timeout"):
-        return None  # what hangs would keep the loop for hours
     s.screen.say(f"      {folder.name} crashed ({result.reason}); asking for a repair")
-    crash = f"# Now\n\nYour experiment ({row.description}) crashed: {result.reason}. What it changed:\n\n"
-    crash += f"{diff(state.text, job.text)}\n\n"
-    crash += quoted(folder / ("score.log" if result.reason.startswith("scoring") else "run.log"))
-    crash += "\n\nMend it, or find another form of the same idea: a reply in the same form, with edits of this "
-    crash += f"failing train.py:\n\n```python\n{job.text}```"
-    about, log, tried = lambda: request(s, state, ask=crash), folder / "llm.md", state.tried  # noqa: E731
+    log = quoted(folder / ("score.log" if result.reason.startswith("scoring") else "run.log"))
+    ask = f"# Now\n\nYour experiment ({row.description}) crashed: {result.reason}. What it changed:\n\n"
+    ask += f"{diff(state.text, job.text)}\n\n{log}\n\nMend it, or find another form of the same idea: a reply in the "
+    ask += f"same form, with edits of this failing train.py:\n\n```python\n{job.text}```"
+    about = lambda: request(s, state, ask=ask)  # noqa: E731
     try:
-        found = awaited(s, asking(lambda: converse(s, about, log, job.text, tried))).result()
+        found = awaited(s, asking(lambda: converse(s, about, folder / "llm.md", job.text, state.tried))).result()
     except NoReply as error:
         return s.screen.say(f"      no repair from {s.model} ({error})")
-    if s.left_s < run_s(s, state):
-        return None
+    tokens = (found.llm_tokens or 0) + (row.llm_tokens or 0)
     text = apply_edits(job.text, found.edits, s.task.preset)
-    found = replace(found, role=row.role, llm_tokens=(found.llm_tokens or 0) + (row.llm_tokens or 0))
-    return job._replace(text=text, row=found)
+    return job._replace(text=text, row=replace(found, role=row.role, llm_tokens=tokens))
 
 
 def judge(s: Session, state: State, job: Job, result: Result) -> Row:
     """The row that a result makes."""
-    status, reason = result.status, result.reason
+    status, reason, value = result.status, result.reason, None
     if not status:
+        value = result.measured["score"]
         sizes = [len(re.findall(r"\w+|[^\w\s]", ast.unparse(bare(text)))) for text in (state.text, job.text)]
         shorter = job.kind == "candidate" and sizes[0] - sizes[1] >= 30  # tokens of Python
-        status, reason = state.verdict(s.config.confirm, job, result.measured["score"], shorter)
+        status, reason = state.verdict(s.config.confirm, job, value, shorter)
     elif job.kind == "confirmation":
         status, reason = "discard", f"confirms {job.of.id}; not confirmed: {reason}"
     elif job.of:
         status = "verify"
     start = job.of or state.best
     parent = start.parent if job.kind == "confirmation" else start.commit if start else state.tip
-    known = {"parent": parent, "id": state.next_id, "tag": s.config.tag, "task": s.config.prefix, "status": status}
-    known |= {
-        "reason": reason,
-        "score": None,
-        "bar": state.bar,
-        "time": now(),
-        "seed": job.seed,
-        "conditions": s.task.conditions,
-    }
-    known |= {"program": program_key(job.text), "session": s.began}
-    known |= {"held": json.dumps(result.blocks)} if job.kind == "verification" and not result.status else {}
-    measured = {name: v for name, v in result.measured.items() if name != "score" or not result.status}
-    return replace(job.row, **known | measured)
+    held = json.dumps(result.blocks) if job.kind == "verification" and value is not None else ""
+    row = replace(job.row, id=state.next_id, tag=s.config.tag, task=s.config.prefix, session=s.began, time=now())
+    row = replace(row, conditions=s.task.conditions, program=program_key(job.text), parent=parent, seed=job.seed)
+    row = replace(row, **result.measured)
+    return replace(row, status=status, reason=reason, score=value, bar=state.bar, held=held)
 
 
 def conclude(s: Session, state: State, job: Job, row: Row) -> None:
@@ -1925,11 +1915,9 @@ def conclude(s: Session, state: State, job: Job, row: Row) -> None:
             shutil.copyfile(path, folder / path.name)
     else:
         strip(folder)
-    see = f"({row.reason}): see runs/{row.tag}/{row.id}/run.log"
-    if row.score is None and job.kind == "baseline":
-        raise UserError(f"train.py as it is gets no score {see}")
-    if row.score is None and job.row.reason.startswith("after"):
-        raise UserError(f"the best fails too, so it is the machine {see}, put it right, then start again")
+    if row.score is None and (job.kind == "baseline" or job.row.reason.startswith("after")):
+        what = "train.py as it is" if job.kind == "baseline" else "the best too, so it is the machine: it"
+        raise UserError(f"{what} gets no score ({row.reason}): see runs/{row.tag}/{row.id}/run.log, then start again")
 
 
 # ---- A session, and the command line ---------------------------------------------------------------------------------
@@ -2070,18 +2058,12 @@ def session(config: Config) -> int:
 
 def finish(s: Session) -> None:
     """Views, closing lines, picture and report, where this session made a row."""
-    try:
-        state = recall(s)
-        if made := sum(r.session == s.began for r in state.mine):  # else there is nothing new to say
-            settle(s, state)
-            spent = f", {s.tokens:,} tokens of {s.model}" * bool(s.tokens)
-            s.screen.say(f"{made} row{'s' * (made > 1)} in this session{spent}. {s.branch}: {standing(state)}")
-            s.screen.say(f"{believed(state)}\nrows: results.tsv   runs/{s.config.tag}/: report.md, progress.png, best/")
-            if state.stand != state.root:
-                s.screen.say(f"to have it: git checkout YOUR-BRANCH && git merge {s.branch}, or: git log {s.branch}")
-            report(s, state)
-    except (OSError, UserError) as error:
-        s.screen.say(f"the end is not whole ({one_line(str(error))[:200]}); later: python agent.py --report")
+    state = recall(s)
+    if made := sum(r.session == s.began for r in state.mine):  # else there is nothing new to say
+        settle(s, state)
+        spent = f", {s.tokens:,} tokens of {s.model}" * bool(s.tokens)
+        s.screen.say(f"{made} row{'s' * (made > 1)} in this session{spent}. {summary(s, state)}")
+        report(s, state)
 
 
 def show(config: Config) -> int:
@@ -2096,8 +2078,8 @@ def show(config: Config) -> int:
     metric, lower = last.conditions.split(" ")[0], "(lower" in last.conditions
     s.task = replace(s.task, conditions=last.conditions, metric=metric, lower_is_better=lower)
     state = recall(s)
-    lines = [f"{s.branch}: {last.conditions}, last row {last.time}", standing(state), believed(state)]
-    print(report(s, state) if config.report else "\n".join([*lines, *(row_line(s.task, r) for r in state.mine[-10:])]))
+    lines = [summary(s, state), *(row_line(s.task, r) for r in state.mine[-10:]), f"last row {last.time}"]
+    print(report(s, state) if config.report else "\n".join(lines))
     return 0
 
 

@@ -65,7 +65,8 @@ def test_a_pipe_gets_plain_lines_and_the_tag_is_the_date(checkout):
     assert lines[1].startswith(f"autoresearch/{tag}: {what}, ") and lines[1].endswith("; proposals by search")
     assert lines[2] == "0001  keep      1.056169             baseline"
     assert re.match(r"0003  (keep|discard) +1\.\d{6} +[-+]0\.\d{6}  [A-Z]+ \S+ -> ", lines[4])
-    assert re.match(rf"3 rows in this session. autoresearch/{tag}: best 1.\d+ .*, 0.\d+ better than the", lines[5])
+    assert lines[5].startswith(f"3 rows in this session. autoresearch/{tag}: {what}, ")
+    assert re.match(r"best 1.\d+ .*, 0.\d+ better than the", lines[6])
     assert f"runs/{tag}/: report.md, progress.png, best/" in done.stdout
     assert (checkout.root / "runs" / tag / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert lines[2] in (checkout.root / "runs" / tag / "session.log").read_text()

@@ -149,7 +149,7 @@ def test_a_crash_says_why_and_after_three_the_best_runs_once_more(checkout, serv
 def test_where_the_best_fails_too_it_is_the_machine_until_it_is_put_right(checkout, server):
     trap(checkout, 43, FALL, note="plain")
     crash = [rewrite("    step += 1", f"    raise TypeError({i})") for i in range(3)]
-    with pytest.raises(agent.UserError, match="the best fails too.*runs/t/0005/run.log"):
+    with pytest.raises(agent.UserError, match="so it is the machine.*runs/t/0005/run.log"):
         llm(checkout, server, *[a for c in crash for a in (c, GONE)], experiments=9, tag="t")
     assert facts(checkout, "status", "description")[-1] == "verify repeat of 0001 (ValueError: odd)"
     llm(checkout, server, scored(1.05), experiments=1)
@@ -159,7 +159,7 @@ def test_where_the_best_fails_too_it_is_the_machine_until_it_is_put_right(checko
 def test_odd_characters_of_a_reply_do_no_harm_and_where_nothing_was_kept_nothing_is_verified(checkout, server, capsys):
     odd = "t\tab \ud800 \x00 café ∞ " + "x" * 100
     llm(checkout, server, reply("SET NOTE = 'é∞'\nSET RATE = 0.5", description=odd), tag="t", verify=True)
-    assert len(checkout.rows()) == 2 and "Nothing was kept: there is no gain." in capsys.readouterr().out
+    assert len(checkout.rows()) == 2 and "Nothing was kept: no gain." in capsys.readouterr().out
     what = checkout.rows()[1]["description"]
     assert what.startswith("t ab") and "café ∞ xxx" in what and len(what) <= 80
     assert "'é∞'" in checkout.git("show", "refs/autoresearch/t/0002:train.py")
