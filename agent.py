@@ -1086,22 +1086,19 @@ def excess(process: subprocess.Popen, log: Path) -> str:
 
 
 def end_tree(process: subprocess.Popen, work: Path) -> None:
-    """Kill a run with everything it started, wherever it moved: that has its environment. Raises UserError."""
+    """Kill a run with everything it started, wherever it moved: what has its HOME. Raises UserError."""
     import psutil
 
     for _ in range(1000):
-        left = []
-        with contextlib.suppress(psutil.Error):
-            left = psutil.Process(process.pid).children(recursive=True)
-        for one in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                left += [one] if one.environ().get("HOME") == str(work) and one.pid != process.pid else []
+        left = process.poll() is None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        for one in left:
-            with contextlib.suppress(psutil.Error):
-                one.kill()
-        if process.poll() is not None and not left:
+        for one in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if one.environ().get("HOME") == str(work):
+                    one.kill()
+                    left = True
+        if not left:
             return process.stdin.close()
         time.sleep(0.005)
     raise UserError(f"process {process.pid} cannot be killed: its driver hangs. Restart the machine, then agent.py")
