@@ -695,21 +695,20 @@ REFUSED = {  # what the name of an attribute, or of anything that is not the pro
 }
 
 
-def names_in(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """The names that a node uses, each alone and with what it is of, such as (gelu, F.gelu)."""
+def names_in(node: ast.AST) -> list[str]:
+    """The names that a node uses: `import x` for a module, `a computed name` for one that cannot be told."""
     match node:
         case ast.Import(names=names):
-            yield from ((a.name.partition(".")[0], f"import {a.name}") for a in names)
+            return [f"import {a.name}" for a in names]
         case ast.ImportFrom(module=module, names=names):
-            yield (module or "").partition(".")[0], f"import {module}"
-            yield from ((a.name, f"{module}.{a.name}") for a in names)
+            return [f"import {module}", *(a.name for a in names)]
+        case ast.Attribute(value=ast.Name(id="prepare" | "tl"), attr="load"):
+            return []
         case ast.Name(id=name) | ast.Attribute(attr=name):
-            yield name, ast.unparse(node)
-        case ast.FunctionDef(name=name):
-            yield name, f"def {name}"
-        case ast.Call(func=ast.Name(id="getattr" | "setattr" | "delattr" | "hasattr"), args=[of, name, *_]):
-            found = str(name.value) if isinstance(name, ast.Constant) else "a computed name"
-            yield found, f"{ast.unparse(of)}.{found}"
+            return [name]
+        case ast.Call(func=ast.Name(id="getattr" | "setattr" | "delattr" | "hasattr"), args=[_, name, *_]):
+            return [str(name.value) if isinstance(name, ast.Constant) else "a computed name"]
+    return []
 
 
 def faults_of(text: str, task: Task) -> dict[str, int]:
@@ -719,29 +718,26 @@ def faults_of(text: str, task: Task) -> dict[str, int]:
     Files, network and processes are the sandbox's to refuse, looking ahead and false clocks the scorer's and the
     loop's; only the rule against seeds rests on it alone.
     """
-    nodes, used = list(ast.walk(ast.parse(text))), set()
+    nodes, program = list(ast.walk(ast.parse(text))), bare(text)
     own = {n.arg for n in nodes if isinstance(n, ast.arg)}  # plain names that have a meaning of the program's own
     own |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     found = {f"train.py is longer than {MAX_TEXT} characters: shorten it": 1} if len(text) > MAX_TEXT else {}
     for node in nodes:
-        line, value = getattr(node, "lineno", 1), node.value if isinstance(node, ast.Constant) else 0
-        size = len(value) if isinstance(value, (str, bytes)) else 0
-        parts = getattr(node, "elts", None) or getattr(node, "keys", None) or ()
-        if size > MAX_LITERAL or isinstance(value, int) and value >= 10**64 or len(parts) > 512:
+        line, plain = getattr(node, "lineno", 1), isinstance(node, ast.Name)
+        data = isinstance(node, (ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict))
+        if data and len(ast.unparse(node)) > MAX_LITERAL:
             found["a literal of that size is data, not code: compute it"] = line
-        for name, whole in names_in(node):
-            used.add(name)
-            if whole.startswith("import ") and name not in MODULES:
-                found[f"`{whole}` is out of bounds: train.py may import torch, numpy, prepare, harmless modules"] = line
-            if re.match("import |def ", whole) or whole in ("prepare.load", "tl.load") or name == whole and name in own:
-                continue
+        for name in () if plain and node.id in own else names_in(node):
             why = [why for why, names in REFUSED.items() if re.fullmatch(names, name)]
-            if why or name == whole and name in BUILTINS:
+            if name.startswith("import ") and re.split("[ .]", name)[1] not in MODULES:
+                found[f"`{name}` is out of bounds: train.py may import torch, numpy, prepare, harmless modules"] = line
+            elif why or plain and name in BUILTINS:
                 found[f"`{name}` {(why or list(REFUSED))[0]}"] = line
-    literals = (str(n.value) for n in ast.walk(bare(text)) if isinstance(n, ast.Constant))
-    if len(re.sub(r"\D", "", "".join(literals))) > task.max_digits:
+    literals = "".join(str(n.value) for n in ast.walk(program) if isinstance(n, ast.Constant))
+    if len(re.sub(r"\D", "", literals)) > task.max_digits:
         found[f"over {task.max_digits} digits in literals are a result, not a way to one: write what computes it"] = 1
-    missing = ", ".join(name for name in task.required if name not in used)
+    words = re.findall(r"\w+", ast.unparse(program))
+    missing = ", ".join(name for name in task.required if name not in words)
     return found | ({f"train.py must keep {missing}: the contract with prepare.py": 1} if missing else {})
 
 
