@@ -899,13 +899,10 @@ class State:
     @cached_property
     def pairs(self) -> dict[int, tuple[Row, Row]]:
         """The runs of the final verification that count, by seed: of best and baseline, made in one session."""
-        both, done, found = (self.best, self.base), {}, {}
-        for r in self.mine if all(both) and both[0].text != both[1].text else ():
-            if r.seed in VERIFY_SEEDS and r.held:
-                done[r.text, r.seed, r.session] = r
-                pair = tuple(done.get((p.text, r.seed, r.session)) for p in both)
-                found |= {r.seed: pair} if all(pair) else {}
-        return found
+        texts = [r.text for r in (self.best, self.base) if r]
+        done = {(r.seed, r.session, r.text): r for r in self.mine if r.held}
+        found = [(seed, tuple(done.get((seed, session, text)) for text in texts)) for seed, session, _ in done]
+        return {seed: pair for seed, pair in found if all(pair) and len(set(texts)) == 2}
 
     def verified(self) -> tuple[dict[str, Gain], str]:
         """By split the gain that the final verification shows, and a sentence; both empty before there are two seeds."""
@@ -914,20 +911,18 @@ class State:
         unchosen = [r for r in self.history if r.seed != SEED or r.proposer == "baseline"]  # no choice hung on these
         others = [list(runs.values()) for runs in replace(self, rows=tuple(unchosen)).scores().values()]
         held = [[json.loads(r.held) for r in group] for group in zip(*self.pairs.values())]
+        held = held if self.task.lower_is_better else held[::-1]
         gains = {split: gain_of(*([run[split] for run in runs] for runs in held), others) for split in held[0][0]}
-        if not self.task.lower_is_better:
-            gains = {split: Gain(-gain.mean, -gain.high, -gain.low) for split, gain in gains.items()}
         fresh = [*(gain for split, gain in gains.items() if split != "val"), gains["val"]][0]
         seen = self.task.gain(self.bar, self.means[self.base.text])
         luck = min(max(0.0, seen - gains["val"].mean), max(0.0, seen))
         shown = "" if fresh.low > 0 else "it is worse: " if fresh.high < 0 else "no gain is shown: "
-        unused, val = (
-            " and test data that the search never used",
-            f"; on the data that it used, by {interval(gains['val'])}",
+        unused = " and test data that the search never used" * (len(gains) > 1)
+        used = f"; on the data that it used, by {interval(gains['val'])}" * (len(gains) > 1)
+        told = (
+            f"On {len(self.pairs)} fresh seeds{unused}, {shown}{self.task.metric} is better by {interval(fresh)}{used}"
         )
-        first = f"On {len(self.pairs)} fresh seeds{unused * (len(gains) > 1)}, {shown}{self.task.metric} is better by "
-        seen = f". The search had seen {seen:.4f}: {luck:.4f} of it was luck."
-        return gains, f"{first}{interval(fresh)}{val * (len(gains) > 1)}{seen}"
+        return gains, f"{told}. The search had seen {seen:.4f}: {luck:.4f} of it was luck."
 
 
 def gain_of(best: list[list[float]], base: list[list[float]], others: list[list[float]]) -> Gain:
