@@ -446,9 +446,8 @@ def settle(s: Session, state: State) -> State:
             write_whole(s.config.root / "train.py", text)
         if state.tip != state.stand:
             if state.best is not state.mine[-1] or s.stood != state.tip:  # else it is a new keep
-                s.screen.say(f"      {s.branch} stood at {state.tip[:7]}, and goes to the best, {state.stand[:7]}.")
                 back = f"git checkout HEAD~1 -- {s.config.prefix}train.py && git commit -m back"
-                s.screen.say(f"      To take a keep back: {back}")
+                s.screen.say(f"      {s.branch} goes to the best, {state.stand[:7]}. To take a keep back: {back}")
             git(s.config, "update-ref", f"refs/heads/{s.branch}", state.stand, state.tip)
         s.stood = state.stand
         if stale := [name for name, entry in staged.items() if entry[1] in views and entry != target.get(name)]:
@@ -521,11 +520,10 @@ def program_key(text: str) -> str:
 
 def knobs(text: str, preset: str) -> dict[str, Knob]:
     """The hyperparameters of a train.py by name: lines `NAME = literal` and the preset's entries in the table SIZES."""
-    table = re.search(r"^SIZES = \{(.*?)^\}", text, re.M | re.S)
-    row = re.compile(rf'"{re.escape(preset)}": dict\((.*?)\)', re.S).search(text, *table.span(1)) if table else None
+    row = re.search(rf'^ +"{re.escape(preset)}": dict\((.*?)\)', text, re.M | re.S)
     found = [(m, m[3] or "") for m in re.finditer(r"^([A-Z][A-Z0-9_]*) = ([^#\n]+?)[ \t\r]*(#.*)?$", text, re.M)]
     for m in re.compile(r"([A-Z][A-Z0-9_]*)=([^,()\s]+)").finditer(text, *row.span(1)) if row else ():
-        about = re.search(rf"#\s*{m[1]}:.*", table[1])
+        about = re.search(rf"^ +# {m[1]}:.*", text, re.M)
         found.append((m, about[0] if about else ""))
     known = {}
     for m, note in found:
@@ -956,9 +954,8 @@ def find_sandbox(s: Session) -> None:
 
         found.append(str(bwrap_path()))  # some systems let only their own one make namespaces
     for s.bwrap in filter(None, found if s.config.sandbox != "off" else []):
-        with tempfile.TemporaryDirectory(dir=s.runs) as work:
-            command = [*sandboxed(s, Path(work), []), sys.executable, "-c", "pass"]
-            done = subprocess.run(command, capture_output=True, text=True)
+        command = [*sandboxed(s, s.runs, []), sys.executable, "-c", "pass"]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             return
         reason = one_line(done.stderr[-200:])
