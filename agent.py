@@ -648,13 +648,10 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
         raise EditError(f"This is no edit of the form asked for, and nothing {left}: {one_line(odd[0])[:80]!r}")
     if "NAME" in names:
         raise EditError("`SET NAME = value` is the form, not an edit: name a constant of train.py, give a number.")
-    if len(set(names)) < len(names):
-        raise EditError("Two SET lines name the same hyperparameter.")
     choices = re.findall(rf"^\W*(?:{CHOICE} ([a-d1-4])\b|(first|second) {CHOICE})", rest.lower(), re.M)
-    if len(set(choices)) > 1:
-        raise EditError("The reply offers alternatives. One experiment tries one thing: send the better one only.")
-    if files and len(found + sets) > 1:
-        raise EditError("The reply has a whole file and other edits, or two files. Send edits, or one file.")
+    if len(set(choices)) > 1 or len(set(names)) < len(names) or files and len(found + sets) > 1:
+        what = "alternatives, two values for one hyperparameter, or a whole file beside other edits"
+        raise EditError(f"The reply offers {what}. One experiment tries one thing: send the better one only.")
     if not found + sets:
         form = "after the description a line that begins with SET, then a hyperparameter's name, = and its new value"
         raise EditError(f"The reply has no edit. Add one: {form}, or a SEARCH/REPLACE block.")

@@ -171,9 +171,9 @@ REFUSED |= {
 REFUSED |= {"First option: x\nSET RATE = 2.0\nSecond option: y\nSET ROWS = 128": "alternatives"}
 REFUSED |= {
     "SET RATE = " + "-" * 20_000 + "1": "plain Python literal",
-    "SET RATE = 2.0\nSET RATE = 3.0": "Two SET lines",
-    f"SET RATE = 2.0\n```python\n{TEXT}```": "whole file and other edits",
-    f"```python\n{TEXT}```\n```python\n{TEXT}```": "two files",
+    "SET RATE = 2.0\nSET RATE = 3.0": "two values for one",
+    f"SET RATE = 2.0\n```python\n{TEXT}```": "whole file beside other edits",
+    f"```python\n{TEXT}```\n```python\n{TEXT}```": "whole file beside other edits",
     "Option A: slower\nSET RATE = 0.5\n\nOption B: less\nSET DECAY = 0.1": "alternatives",
     f"**Option 1**\n{STEP}\n\n### Alternative 2\nSET DECAY = 0.1": "alternatives",
     "<<<<<<< SEARCH\n=======\nx = 1\n>>>>>>> REPLACE": "SEARCH part is empty",
