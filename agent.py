@@ -744,8 +744,7 @@ def guard(text: str, base: str, tried: dict[str, Row], task: Task, rules: bool =
     if ast.dump(bare(text)) == ast.dump(bare(base)):
         raise EditError("The edit changes nothing but comments, docstrings or layout.")
     if r := tried.get(program_key(text)):
-        outcome = f"{r.status}, {r.reason if r.score is None else f'{r.score:.6f}'}: {r.description}"
-        raise EditError(f"But for a hair's breadth of a number, this repeats experiment {r.tag}/{r.id} ({outcome}).")
+        raise EditError(f"But for a hair's breadth of a number, this repeats experiment {r.tag}/{row_line(task, r)}.")
     old = faults_of(base, task) if rules else faults
     if new := [f"line {line}: {why}." for why, line in faults.items() if why not in old]:
         raise EditError(" ".join(new[:3]))
