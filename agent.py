@@ -28,6 +28,7 @@ import platform
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import site
@@ -1028,19 +1029,18 @@ def run_child(s: Session, log: Path, args: list[str], limits: tuple, message: st
 def watch(s: Session, process, ours: socket.socket, log: Path, limits: tuple, message: str, files: list[Path]) -> Ended:
     """Follow a child to its end, or to why it must die: seconds since the hand-over, why, its status, whom to blame."""
     began = looked = now = time.clock_gettime(BOOTTIME)
-    limit, handed, work = began + limits[0], None, log.parent / "work"
+    limit, handed, asked, work = began + limits[0], None, False, log.parent / "work"
     while True:
-        with contextlib.suppress(
-            BlockingIOError, ConnectionError, subprocess.CalledProcessError
-        ):  # or it died meanwhile
-            if handed is None and ours.recv(64, socket.MSG_DONTWAIT).startswith(b"start"):
-                # out of a read-only mount: they cannot be opened for writing
-                send = [*sandboxed(s, work, files), sys.executable, "-ISc", SEND_FILES, str(ours.fileno()), message]
-                subprocess.run([*send, *map(str, files)], pass_fds=[ours.fileno()], check=True)
-                handed = time.clock_gettime(BOOTTIME)
-                limit = handed + limits[1]
+        if not asked and select.select([ours], [], [], POLL_S)[0]:
+            asked = True
+            with contextlib.suppress(ConnectionError, subprocess.CalledProcessError):  # it may die meanwhile
+                if ours.recv(64).startswith(b"start"):  # out of a read-only mount: they cannot be opened for writing
+                    send = [*sandboxed(s, work, files), sys.executable, "-ISc", SEND_FILES, str(ours.fileno()), message]
+                    subprocess.run([*send, *map(str, files)], pass_fds=[ours.fileno()], check=True)
+                    handed = time.clock_gettime(BOOTTIME)
+                    limit = handed + limits[1]
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(POLL_S)
+            process.wait(POLL_S if asked else 0)
         last, now, fault = now, time.clock_gettime(BOOTTIME), ""
         if process.poll() is not None or now - looked > LOOK_S:
             fault, looked = excess(process, log), now
