@@ -131,7 +131,6 @@ Edit = namedtuple("Edit", "kind old new")  # set (name, value), block (old lines
 Knob = namedtuple("Knob", "name value low high span")  # a hyperparameter of train.py; where its literal stands
 Noise = namedtuple("Noise", "sd repeats")  # standard deviation of one run's score over seeds; how many tell of it
 Gain = namedtuple("Gain", "mean low high")  # by how much the best is better than the baseline, and its 95 % interval
-Ended = namedtuple("Ended", "handed_s killed code blame")  # of a child: see watch()
 Reply = namedtuple("Reply", "text cut")  # cut: off, by the limit of its length
 # What a run gave. status: "", crash, invalid, void (the machine's fault, run again); blocks: of its score, by split;
 # measured: columns of its row
@@ -468,10 +467,11 @@ def foreign(s: Session, state: State) -> tuple[str, set[str], dict[str, tuple[st
     return "" if {here, staged.get("train.py", ("", here))[1]} - {""} <= views else why, views, staged
 
 
-def read_text(path: Path, errors: str = "surrogateescape") -> str:
-    """A file, line ends and odd bytes as they are; empty where it cannot be read."""
-    with contextlib.suppress(OSError):
-        return path.read_bytes().decode("utf-8", errors)
+def read_text(path: Path, errors: str = "surrogateescape", most: int = 2**30) -> str:
+    """The last bytes of a file, line ends and odd bytes as they are; empty where it cannot be read."""
+    with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+        return file.read(most).decode("utf-8", errors)
     return ""
 
 
@@ -991,24 +991,25 @@ def sandboxed(s: Session, work: Path, shown: list[Path]) -> list[str]:
     return [*command, "--chdir", str(work), "--"]
 
 
-def run_child(s: Session, log: Path, args: list[str], limits: tuple, message: str, names: tuple, **env: str) -> Ended:
+def run_child(s: Session, log: Path, args: list[str], limits: tuple, message: str, names: tuple, **env: str) -> tuple:
     """Run Python on `args` in the folder work beside its log, sandboxed, and leave nothing alive. Raises Over.
 
     It is given what the run's folder has, and a copy of the best's compile cache; when it asks, the message and the
-    task's files `names`, as read-only descriptors. limits, in seconds, are those of its time before that and after it.
+    task's files `names`, as read-only descriptors. limits, in seconds, are of its time before that and after. See watch().
     """
-    folder, work = log.parent, log.parent / "work"
+    work, cache = log.parent / "work", s.runs / "best" / f"{log.stem}-cache"
     remove(work)
-    (work / "compile" / "tmp").mkdir(parents=True)
-    if (cache := s.runs / "best" / f"{log.stem}-cache").is_dir():
-        subprocess.run(["cp", "-a", f"{cache}/.", work / "compile"], stderr=subprocess.DEVNULL)
-    for name in filter(lambda name: (folder / name).exists(), ("train.py", "checkpoint.pt", "facts.json")):
-        shutil.copyfile(folder / name, work / name)
+    (compiled := work / cache.name).mkdir(parents=True)
+    if cache.is_dir():
+        subprocess.run(["cp", "-a", f"{cache}/.", compiled], stderr=subprocess.DEVNULL)
+    for path in filter(Path.is_file, (log.parent / name for name in ("train.py", "checkpoint.pt", "facts.json"))):
+        shutil.copyfile(path, work / path.name)
+    (compiled / "tmp").mkdir(exist_ok=True)
     env |= {name: os.environ[name] for name in PASSED_ENV if name in os.environ}  # an allow-list: nothing of the user's
     env |= {"PYTHONPATH": str(s.config.root), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     env |= {"HOME": str(work), "PYTHONUSERBASE": site.getuserbase()}  # HOME also tells its processes from others
-    env |= {"TORCHINDUCTOR_CACHE_DIR": str(work / "compile"), "TRITON_CACHE_DIR": str(work / "compile" / "triton")}
-    env |= {"TMPDIR": str(work / "compile" / "tmp")}  # torch keeps compiled headers there: 8 s of each start
+    env |= {"TORCHINDUCTOR_CACHE_DIR": str(compiled), "TRITON_CACHE_DIR": str(compiled / "triton")}
+    env |= {"TMPDIR": str(compiled / "tmp")}  # torch keeps compiled headers there: 8 s of each start
     env |= {"AUTORESEARCH_CACHE": str(s.config.cache), "AUTORESEARCH_DATA": s.task.folder.name}
     env |= {"AUTORESEARCH_PRESET": s.task.preset, "AUTORESEARCH_TIME_BUDGET": str(s.task.budget_s)}
     sandbox = sandboxed(s, work, [s.config.root / "prepare.py", s.task.folder / "meta.json"])
@@ -1026,8 +1027,8 @@ def run_child(s: Session, log: Path, args: list[str], limits: tuple, message: st
             output.truncate(min(LOG_BYTES, os.fstat(output.fileno()).st_size))
 
 
-def watch(s: Session, process, ours: socket.socket, log: Path, limits: tuple, message: str, files: list[Path]) -> Ended:
-    """Follow a child to its end, or to why it must die: seconds since the hand-over, why, its status, whom to blame."""
+def watch(s: Session, process, ours: socket.socket, log: Path, limits: tuple, message: str, files: list[Path]) -> tuple:
+    """Follow a child to its end: exit status, seconds since the hand-over, why it must die, what else is to blame."""
     began = looked = now = time.clock_gettime(BOOTTIME)
     limit, handed, asked, work = began + limits[0], None, False, log.parent / "work"
     while True:
@@ -1048,7 +1049,7 @@ def watch(s: Session, process, ours: socket.socket, log: Path, limits: tuple, me
             fault = fault or f"timeout after {now - began:.0f} s"
         if process.poll() is not None or fault or now - last > 10:
             blame = f"the machine, or agent.py, stood still for {now - last:.0f} s" * (now - last > 10)
-            return Ended(handed and now - handed, fault or blame, process.poll(), blame)
+            return process.poll(), handed and now - handed, fault or blame, blame
         phase = "starting" if handed is None else f"training {min(1, (now - handed) / s.task.budget_s):.0%}"
         s.screen.phase("scoring" if log.stem == "score" else phase, log)
         s.pause(0, overtime_s=30.0)
@@ -1063,10 +1064,10 @@ def excess(process: subprocess.Popen, log: Path) -> str:
             return f"more than {PROCESSES} processes"
     if log.exists() and log.stat().st_size > LOG_BYTES:
         return f"printed more than {LOG_BYTES >> 20} MB"
-    if lacking := disk_lacks(log.parent, FREE_BYTES):
-        return f"the disk is nearly full: {lacking}"
     memory = psutil.virtual_memory()
-    return "out of memory: the machine has nearly none left" if memory.available < FREE_SHARE * memory.total else ""
+    if memory.available < FREE_SHARE * memory.total:
+        return "out of memory: the machine has nearly none left"
+    return disk_lacks(log.parent, FREE_BYTES)
 
 
 def end_tree(process: subprocess.Popen, work: Path) -> None:
@@ -1088,61 +1089,63 @@ def end_tree(process: subprocess.Popen, work: Path) -> None:
     raise UserError(f"process {process.pid} cannot be killed: its driver hangs. Restart the machine, then agent.py")
 
 
+def attempt(s: Session, log: Path, args: list[str], limits: tuple, message: str, names: tuple, left: tuple, **env: str):
+    """run_child() and what became of it: status and reason of a Result, seconds since the hand-over, facts it wrote.
+
+    left: what it must leave, and last the file of those facts.
+    """
+    for name in left:
+        remove(log.parent / name)  # of an earlier attempt: every run starts from nothing
+    code, handed_s, killed, blame = run_child(s, log, args, limits, message, names, **env)
+    take(log.parent, (f"{log.stem}-cache", *(() if killed else left)))
+    lacking = f"no {Path(left[0]).stem}" * (not (log.parent / left[0]).is_file())
+    reason = killed or crash_reason(code, log_tail(log)) or lacking
+    status = "" if not reason else "invalid" if code == BROKE_A_RULE and not killed else "crash"
+    if blame := blame or busy(s, FREE_BYTES if reason else 0):
+        status, reason = "void", blame
+    return status, reason, handed_s, read_facts(log.parent / left[-1])
+
+
 def train(s: Session, folder: Path, seed: int) -> Result:
     """Run folder/train.py to its checkpoint, hand it the data when it asks, and time it from outside."""
-    log, budget_s, outputs, status = folder / "run.log", s.task.budget_s, ("checkpoint.pt", "facts.json"), ""
-    for name in outputs:
-        remove(folder / name)  # of an earlier attempt: every run starts from nothing
-    limits = min(s.config.startup_s, s.task.startup_s), 1.25 * budget_s + KILL_S
-    end = run_child(s, log, ["train.py"], limits, "data", s.task.handed, AUTORESEARCH_SEED=str(seed))
-    take(folder, "run-cache", () if end.killed else outputs)
-    late_s = (end.handed_s or 0) - 1.01 * budget_s - LATE_S
-    if reason := end.killed or crash_reason(end.code, log_tail(log), (folder / "checkpoint.pt").is_file()):
-        status = "invalid" if end.code == BROKE_A_RULE and not end.killed else "crash"
-    elif end.handed_s is None or late_s > 0:
-        late = "never asked for the training data" if end.handed_s is None else f"checkpoint {late_s:.0f} s late"
+    limits = min(s.config.startup_s, s.task.startup_s), 1.25 * s.task.budget_s + KILL_S
+    how = ["train.py"], limits, "data", s.task.handed, ("checkpoint.pt", "facts.json")
+    status, reason, handed_s, facts = attempt(s, folder / "run.log", *how, AUTORESEARCH_SEED=str(seed))
+    late_s = (handed_s or 0) - 1.01 * s.task.budget_s - LATE_S
+    if not status and (handed_s is None or late_s > 0):
+        late = "never asked for the training data" if handed_s is None else f"checkpoint {late_s:.0f} s late"
         status, reason = "invalid", late
-    if blame := end.blame or busy(s, FREE_BYTES if reason else 0):
-        return Result("void", blame)
-    facts = read_facts(folder / "facts.json")
     steps, tokens, memory_mb = (number(facts, name) for name in ("steps", "tokens", "peak_vram_mb"))
-    measured = {"train_s": end.handed_s, "memory_gb": (memory_mb or 0.0) / 1024}
+    measured = {"train_s": handed_s, "memory_gb": (memory_mb or 0.0) / 1024}
     measured |= {"steps": None if steps is None else int(steps), "tokens_M": tokens and tokens / 1e6}
     return Result(status, reason, {}, measured)
 
 
 def score(s: Session, folder: Path, split: str) -> Result:
     """The scorer's verdict on a folder's checkpoint; it knows a secret that the run did not."""
-    log, name, secret = folder / "score.log", f"score{'' if split == 'val' else f'-{split}'}.json", secrets.token_hex()
+    name, secret = f"score{'' if split == 'val' else f'-{split}'}.json", secrets.token_hex()
     args = [str(s.config.root / "prepare.py"), "score", ".", "--split", split]
-    end = run_child(s, log, args, (120.0, SCORING_S), secret, s.task.judged.get(split, ()))
-    take(folder, "score-cache", (name,))
-    found = read_facts(folder / name)
+    how = args, (120.0, SCORING_S), secret, s.task.judged.get(split, ()), (name,)
+    status, reason, _, facts = attempt(s, folder / "score.log", *how)
     if read_facts(s.task.folder / "meta.json").get("fingerprint", "") != s.task.fingerprint:
         raise UserError("the data were prepared anew while the session ran. Start again")
-    if isinstance(found.get("invalid"), str):
-        return Result("invalid", one_line(found["invalid"])[:200])
-    value, (low, high) = number(found, "score"), s.task.plausible
-    if found.get("secret") == secret and value is not None and not end.killed and end.code == 0:
-        if not low <= value <= high:
-            return Result("crash", f"scoring: {value:g} is not between {low:g} and {high:g}")
-        return Result(blocks={split: found.get("blocks") or [value]}, measured={"score": value})
-    blame = end.blame or busy(s, FREE_BYTES)
-    reason = f"scoring: {end.killed or crash_reason(end.code, log_tail(log), True) or 'no score'}"
-    return Result("void", blame) if blame else Result("crash", reason)
+    if isinstance(facts.get("invalid"), str):
+        return Result("invalid", one_line(facts["invalid"])[:200])
+    value, (low, high) = number(facts, "score"), s.task.plausible
+    if not status and (facts.get("secret") != secret or value is None or not low <= value <= high):
+        status, reason = "crash", f"no score between {low:g} and {high:g}"
+    if status:
+        return Result(status, f"scoring: {reason}")
+    return Result(blocks={split: facts.get("blocks") or [value]}, measured={"score": value})
 
 
-def crash_reason(code: int, tail: str, has_checkpoint: bool) -> str:
+def crash_reason(code: int, tail: str) -> str:
     """Why a run that ended by itself is a crash, for the description; empty when it is none."""
-    if code == 0:
-        return "" if has_checkpoint else "no checkpoint"
-    if "out of memory" in tail.lower():
-        return "CUDA out of memory" if "CUDA" in tail else "out of memory"
     if code < 0 or code > 128:  # as a sandbox reports a signal
-        return f"killed by signal {code - 128 if code > 0 else -code}" + ", perhaps out of memory" * (code in (137, -9))
+        return f"killed by signal {abs(code) % 128}" + ", perhaps out of memory" * (code in (137, -9))
     errors = re.findall(r"^(?:NaN loss at .*|[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)$", tail, re.M)
     last = [line for line in tail.splitlines() if line.strip()] or [f"exit status {code}"]
-    return one_line((last if code == BROKE_A_RULE else errors or last)[-1])[:120]
+    return one_line((last if code == BROKE_A_RULE else errors or last)[-1])[:120] if code else ""
 
 
 def busy(s: Session, needed: int) -> str:
@@ -1158,12 +1161,11 @@ def busy(s: Session, needed: int) -> str:
 
 
 def disk_lacks(path: Path, needed: int) -> str:
-    """What a disk has too little of, bytes or files; empty where it has enough."""
+    """Whether a disk has too little room, in bytes or in files; empty where it has enough."""
     disk = os.statvfs(path)
-    free = disk.f_bavail * disk.f_frsize
-    if disk.f_files and disk.f_favail < FREE_FILES:
-        return f"{disk.f_favail} more files fit on the disk, {FREE_FILES} are needed"
-    return f"{free / 2**30:.2f} GB of the disk are free, {needed / 2**30:.2f} are needed" if free < needed else ""
+    free, full = disk.f_bavail * disk.f_frsize, disk.f_files and disk.f_favail < FREE_FILES
+    about = f"the disk is nearly full: {free / 2**30:.2f} GB and {disk.f_favail} files are free"
+    return about if full or free < needed else ""
 
 
 def gpu() -> tuple[str, float, float]:
@@ -1177,19 +1179,16 @@ def gpu() -> tuple[str, float, float]:
 
 
 def log_tail(path: Path, lines: int = 40) -> str:
-    """The last lines of a log, without control characters; never read whole, and never through a link."""
-    with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 32_768))
-        text = file.read(32_768).decode(errors="replace").replace("\r", "\n")
-        text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", " ", text)
-        return "\n".join(line[:300] for line in text.splitlines()[-lines:])
-    return ""
+    """The last lines of a log, without control characters; never read whole."""
+    text = read_text(path, "replace", 32_768).replace("\r", "\n")
+    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", " ", text)
+    return "\n".join(line[:300] for line in text.splitlines()[-lines:])
 
 
 def read_facts(path: Path) -> dict:
     """A small JSON object that a child wrote; empty where there is none."""
-    with contextlib.suppress(OSError, *NO_CODE), open(path, "rb") as file:
-        found = json.loads(file.read(65_536))
+    with contextlib.suppress(*NO_CODE):
+        found = json.loads(read_text(path))
         return found if isinstance(found, dict) else {}
     return {}
 
@@ -1200,22 +1199,17 @@ def number(facts: dict, name: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else None
 
 
-def take(folder: Path, cache: str, names: tuple[str, ...]) -> None:
-    """Move what a process was to leave, plain files only, and its compile cache out of folder/work; delete the rest."""
-    work = folder / "work"
-    os.chmod(work, 0o700)  # it may have taken the rights away
-    for name in (*names, "compile"):
-        found, target = work / name, folder / (cache if name == "compile" else name)
-        plain = found.is_file() and not (name.endswith(".json") and found.stat().st_size > 65_536)
-        if name == "compile" and found.is_dir():
-            with contextlib.suppress(OSError, RecursionError):
-                files = (f"{at}/{one}" for at, _, names in os.walk(found) for one in names)
-                plain = sum(os.lstat(file).st_size for file in files) < 2**31  # each run gets a copy
-        remove(target)
-        if plain and not found.is_symlink():
+def take(folder: Path, names: tuple[str, ...]) -> None:
+    """Move what a process was to leave out of folder/work, if it is a plain file or folder; delete the rest."""
+    os.chmod(folder / "work", 0o700)  # it may have taken the rights away
+    for name in names:
+        found = folder / "work" / name
+        small = found.is_file() and (name == "checkpoint.pt" or found.stat().st_size < 65_536)
+        remove(folder / name)
+        if (small or found.is_dir()) and not found.is_symlink():
             os.chmod(found, 0o700)
-            found.rename(target)
-    remove(work)
+            found.rename(folder / name)
+    remove(folder / "work")
 
 
 def remove(path: Path) -> None:

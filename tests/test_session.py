@@ -129,7 +129,7 @@ def test_every_experiment_is_one_commit_under_one_ref(checkout, server):
 
 CRASHES = {
     "    raise SystemExit('NaN loss at step 12')": "NaN loss at step 12",
-    "    raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')": "CUDA out of memory",
+    "    raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')": "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB",
     "    import os; os.kill(os.getpid(), 9)": "killed by signal 9, perhaps out of memory",
     "    import os; prepare.finish and os._exit(0)": "no checkpoint",
     "    import sys; sys.exit(7)": "exit status 7",

@@ -194,7 +194,7 @@ def test_the_metric_alone_describes_a_task_a_changed_judge_another_and_an_implau
     (place / "prepare.py").write_text(judge.replace('"noise": 0}', '"noise": 0, "plausible": [5, 9]}'))
     checkout.git("checkout", "-q", "main")
     done = checkout.run(*args, "b")
-    assert done.returncode == 2 and re.search(r"crash .*scoring: \d\S+ is not between 5 and 9", done.stdout)
+    assert done.returncode == 2 and re.search(r"crash .*scoring: no score between 5 and 9", done.stdout)
     done = checkout.run(*args[:-3], "--verify")
     assert done.returncode == 2 and "counts no noise: there is nothing to verify" in done.stderr
 
