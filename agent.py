@@ -329,9 +329,8 @@ class Session:
 
 def git(config: Config, *args: str, stdin: str = "", default: str | None = None, raw: bool = False, **env: str) -> str:
     """The output of a git command in the checkout. Raises OSError where it fails and there is no default."""
-    options = {"cwd": config.root, "env": {**os.environ, "LC_ALL": "C", **env}}
-    options |= {"capture_output": True, "start_new_session": True}  # Ctrl-C in the terminal does not reach it
-    done = subprocess.run([*GIT, *args], input=os.fsencode(stdin), **options)
+    options = {"cwd": config.root, "env": {**os.environ, "LC_ALL": "C", **env}, "capture_output": True}
+    done = subprocess.run([*GIT, *args], input=os.fsencode(stdin), start_new_session=True, **options)  # without Ctrl-C
     if done.returncode and default is None:
         said = done.stderr.decode(errors="replace")
         lock = re.search(r"'([^']+\.lock)': File exists", said)
@@ -1090,10 +1089,7 @@ def end_tree(process: subprocess.Popen, work: Path) -> None:
 
 
 def attempt(s: Session, log: Path, args: list[str], limits: tuple, message: str, names: tuple, left: tuple, **env: str):
-    """run_child() and what became of it: status and reason of a Result, seconds since the hand-over, facts it wrote.
-
-    left: what it must leave, and last the file of those facts.
-    """
+    """run_child() and what became of it: status and reason, seconds since the hand-over, facts from the last of `left`."""
     for name in left:
         remove(log.parent / name)  # of an earlier attempt: every run starts from nothing
     code, handed_s, killed, blame = run_child(s, log, args, limits, message, names, **env)
