@@ -1094,7 +1094,7 @@ def attempt(s: Session, log: Path, args: list[str], limits: tuple, message: str,
         remove(log.parent / name)  # of an earlier attempt: every run starts from nothing
     code, handed_s, killed, blame = run_child(s, log, args, limits, message, names, **env)
     take(log.parent, (f"{log.stem}-cache", *(() if killed else left)))
-    lacking = f"no {Path(left[0]).stem}" * (not (log.parent / left[0]).is_file())
+    lacking = f"no {left[0]}" * (not (log.parent / left[0]).is_file())
     reason = killed or crash_reason(code, log_tail(log)) or lacking
     status = "" if not reason else "invalid" if code == BROKE_A_RULE and not killed else "crash"
     if blame := blame or busy(s, FREE_BYTES if reason else 0):

@@ -131,7 +131,7 @@ CRASHES = {
     "    raise SystemExit('NaN loss at step 12')": "NaN loss at step 12",
     "    raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')": "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB",
     "    import os; os.kill(os.getpid(), 9)": "killed by signal 9, perhaps out of memory",
-    "    import os; prepare.finish and os._exit(0)": "no checkpoint",
+    "    import os; prepare.finish and os._exit(0)": "no checkpoint.pt",
     "    import sys; sys.exit(7)": "exit status 7",
     '    model = {"no": 1}\n    step = 0': "scoring: KeyError: 'rate'",
 }
