@@ -41,7 +41,7 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict, namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
@@ -296,6 +296,7 @@ class Session:
     chars: int = REQUEST_CHARS  # that a request may have
     limits: tuple = LIMITS  # of a reply's length that the server has not refused yet
     without: tuple[str, ...] = ()  # what of FORM the server does not take
+    slowest_s: float = 0.0  # of its replies; 0: none yet
     heard: int = 0  # bytes of the reply in flight that have come
     tokens: int = 0  # spent
     asked: Future | None = None  # the next proposal
@@ -311,6 +312,11 @@ class Session:
     @property
     def left_s(self) -> float:
         return self.screen.deadline - time.monotonic()
+
+    @property
+    def reply_s(self) -> float:
+        """How long one reply may take: at first long, then by what is usual for this model."""
+        return max(REPLY_S, 3 * self.slowest_s)
 
     def pause(self, seconds: float, why: str = "", overtime_s: float = 0.0) -> None:
         """Wait, and say on the live line what for: every wait of the loop comes by here. Raises Over."""
@@ -1363,8 +1369,9 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
         first = "\n\n".join(m["content"] for m in messages[:2])
         messages = [{"role": "user", "content": first}, *messages[2:]]
     how = {} if "stream" in s.without else {"stream": True, "stream_options": {"include_usage": True}}
+    began, s.heard = time.monotonic(), 0
     try:
-        with client(s.config, REPLY_S) as asking:
+        with client(s.config, s.reply_s) as asking:
             asked = asking.chat.completions.with_streaming_response
             with asked.create(model=s.model, messages=messages, **how, **dict(s.limits[:1])) as response:
                 answer = whole_answer(s, response)
@@ -1384,17 +1391,20 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
     sizes = sum(len(m["content"]) for m in messages) // 4, len(text) // 4
     counted = [usage.get(f"{name}_tokens") for name in ("prompt", "completion", "total")]
     s.tokens += counted[2] or sum(one or size for one, size in zip(counted, sizes))
+    s.slowest_s = max(s.slowest_s, time.monotonic() - began)
     return Reply(text, choice.get("finish_reason") == "length")
 
 
 def whole_answer(s: Session, response) -> dict:
     """A server's answer as one object, whether it is one or a stream. Raises ValueError, TimeoutError."""
-    body, message, found, began = b"", defaultdict(str), {}, time.monotonic()
+    body, message, found, began = bytearray(), defaultdict(str), {}, time.monotonic()
     for part in response.iter_bytes():
         body += part
         s.heard = len(body)
-        if time.monotonic() - began > REPLY_S:
-            raise TimeoutError(f"no answer within {REPLY_S:.0f} s")
+        if body[-20:].rstrip().endswith(b"[DONE]"):  # some leave the connection open
+            break
+        if time.monotonic() - began > s.reply_s:
+            raise TimeoutError(f"no answer within {s.reply_s:.0f} s")
     events = [line[5:].strip() for line in body.split(b"\n") if line.startswith(b"data:")]
     if not events:
         return json.loads(body)
@@ -2029,12 +2039,15 @@ def session(config: Config) -> int:
 
 def finish(s: Session) -> None:
     """Views, closing lines, picture and report, where this session made a row."""
-    state = recall(s)
-    if made := sum(r.session == s.began for r in state.mine):  # else there is nothing new to say
-        settle(s, state)
-        spent = f", {s.tokens:,} tokens of {s.model}" * bool(s.tokens)
-        s.screen.say(f"{made} row{'s' * (made > 1)} in this session{spent}. {summary(s, state)}")
-        report(s, state)
+    try:
+        state = recall(s)
+        if made := sum(r.session == s.began for r in state.mine):  # else there is nothing new to say
+            settle(s, state)
+            spent = f", {s.tokens:,} tokens of {s.model}" * bool(s.tokens)
+            s.screen.say(f"{made} row{'s' * (made > 1)} in this session{spent}. {summary(s, state)}")
+            report(s, state)
+    except (OSError, UserError) as error:
+        s.screen.say(f"the end is not whole ({one_line(str(error))[:200]}); later: python agent.py --report")
 
 
 def show(config: Config) -> int:
