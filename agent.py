@@ -551,7 +551,7 @@ def apply_set(text: str, name: str, value: str, preset: str) -> str:
         new = ast.literal_eval(node)
     except NO_CODE:
         raise EditError(f"{value}: the value must be one plain Python literal, such as 0.05.") from None
-    fits = old is None or type(new) is type(old) or type(old) is float and type(new) is int
+    fits = not isinstance(old, (int, float, str)) or type(new) is type(old) or type(old) is float and type(new) is int
     if not fits or new in (math.inf, -math.inf):
         kind = {int: "a whole number", float: "a number", bool: "True or False"}.get(type(old), "of another kind")
         raise EditError(f"{value}: {name} is {kind}, {old!r}, and stays so; write it plainly, such as 65536 or 1e-3.")
@@ -1910,8 +1910,8 @@ def open_checkout(config: Config) -> tuple[Config, bool]:
         try:
             git(config, "cat-file", "blob", f"HEAD:./{name}")
         except OSError as error:
-            start = "git add -A && git commit -m start (in a new folder git init first)"
-            raise UserError(f"{config.root / name} is not committed ({error}): {start}") from None
+            start = "git init && git add -A && git commit -m start"
+            raise UserError(f"{config.root / name} is not committed ({error}). In a new folder: {start}") from None
     head = git(config, "symbolic-ref", "-q", "--short", "HEAD", default="")
     current, prefix = head.removeprefix("autoresearch/"), git(config, "rev-parse", "--show-prefix")
     today = re.sub(r"\W+", "-", f"{Path(prefix).name}-{datetime.now():%b%d}".lower()).strip("-")
