@@ -214,7 +214,7 @@ def table(request):
 
 def pytest_terminal_summary(terminalreporter):
     reports = [one for reports in terminalreporter.stats.values() for one in reports if hasattr(one, "user_properties")]
-    rows = [row for one in reports if one.when == "call" for name, row in one.user_properties if name == "trick"]
+    rows = [row for one in reports if getattr(one, "when", "") == "call" for name, row in one.user_properties if name == "trick"]
     if rows:
         terminalreporter.section("tricks")
         for row in [("trick", "property", "caught by", "with the guard off", "verdict"), *rows]:
