@@ -213,8 +213,9 @@ def table(request):
 
 
 def pytest_terminal_summary(terminalreporter):
-    reports = [one for reports in terminalreporter.stats.values() for one in reports if hasattr(one, "user_properties")]
-    rows = [row for one in reports if getattr(one, "when", "") == "call" for name, row in one.user_properties if name == "trick"]
+    reports = [one for reports in terminalreporter.stats.values() for one in reports]
+    told = [one.user_properties for one in reports if getattr(one, "when", "") == "call"]
+    rows = [row for properties in told for name, row in properties if name == "trick"]
     if rows:
         terminalreporter.section("tricks")
         for row in [("trick", "property", "caught by", "with the guard off", "verdict"), *rows]:
