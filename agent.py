@@ -1386,8 +1386,9 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
         raise NoReply(said(s.config, odd), status, wait_s) from None
     if error or not choice:
         raise NoReply(said(s.config, error or "an answer without a reply"), status)
-    texts = (words(message.get(name)) for name in ("content", "reasoning_content", "reasoning"))
-    text = next((text for text in texts if text.strip()), "").encode("utf-8", "replace").decode()
+    text, *thoughts = (words(message.get(name)) for name in ("content", "reasoning_content", "reasoning"))
+    answers = (thought for thought in thoughts if "DESCRIPTION" in thought)  # put there by a server that mistook it
+    text = (text if text.strip() else next(answers, "")).encode("utf-8", "replace").decode()
     sizes = sum(len(m["content"]) for m in messages) // 4, len(text) // 4
     counted = [usage.get(f"{name}_tokens") for name in ("prompt", "completion", "total")]
     s.tokens += counted[2] or sum(one or size for one, size in zip(counted, sizes))
