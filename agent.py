@@ -87,10 +87,8 @@ LIFELINE = "exec 3<&0; (read _ <&3; kill -s KILL 0) & exec 3<&- </dev/null; "  #
 SEND_FILES = """import os, socket, sys
 files = [os.open(path, os.O_RDONLY) for path in sys.argv[3:]]
 socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [sys.argv[2].encode()], files)"""
-FORM = {
-    "stream": r"\bstream|\bSSE\b",
-    "system": r"system|\brole|instruction",
-}  # not all servers take; their words for it
+# Of a request, what not every server takes, and its words for it
+FORM = {"stream": r"\bstream|\bSSE\b", "system": r"system|\brole|instruction"}
 UNPROTECTED = "What the model writes runs with your rights: it can read your files, use the network, leave processes."
 WAYS_ON = "Set OPENAI_API_KEY, or OPENAI_BASE_URL (with /v1) for a local server, or use no model: --proposer search"
 BOOTTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # a clock that goes on while the machine sleeps
@@ -796,6 +794,11 @@ def candidates(rows: tuple[Row, ...]) -> list[Row]:
     return list(found.values())
 
 
+def last_while(rows: list[Row], condition: Callable[[Row], bool]) -> int:
+    """How many of the last rows in a row are so."""
+    return sum(1 for _ in itertools.takewhile(condition, reversed(rows)))
+
+
 def squares(groups: list[list[float]]) -> tuple[float, int]:
     """The sum of squares of numbers about their own group's mean, and its degrees of freedom."""
     total = sum((value - fmean(group)) ** 2 for group in groups for value in group)
@@ -1293,7 +1296,7 @@ def brief_of(s: Session, state: State, ahead: bool) -> tuple[str, tuple[str, str
         turns[kind.lower()].append((name.strip()[:30], text.strip() if kind else text))
     turn = sum(r.proposer == "llm" or bool(r.instead) for r in done) + ahead
     role = turns["role"][turn % len(turns["role"])] if turns["role"] else ("generalist", "")
-    missed = sum(1 for _ in itertools.takewhile(lambda r: r.status != "keep", reversed(done)))
+    missed = last_while(done, lambda r: r.status != "keep")
     stuck = [turns["stuck"][missed % len(turns["stuck"])][1]] if turns["stuck"] and missed >= STUCK_ROWS else []
     stuck = [f"# Nothing was kept for {missed} experiments\n\n{text}" for text in stuck]
     return "".join(text for _, text in turns[""]), role, stuck
@@ -1533,9 +1536,8 @@ def awaited(s: Session, future: Future) -> Future:
 
 # ---- What a person sees ----------------------------------------------------------------------------------------------
 
-STEP = re.compile(
-    r"^step \d+ \(([\d.]+)%\) \| (\S+ (\S+).*)", re.M
-)  # share of the budget; the rest, as `loss 3.21 | ...`
+# A line of a run's log: the share of the budget; the rest, as `loss 3.21 | ...`, and the number in it
+STEP = re.compile(r"^step \d+ \(([\d.]+)%\) \| (\S+ (\S+).*)", re.M)
 
 
 class Screen:
@@ -1725,7 +1727,7 @@ def next_job(s: Session, state: State) -> Job | None:
         return Job("baseline", state.text, Row("baseline", proposer="baseline"))
     tried = {r.seed: r for r in state.mine if r.text == best.text}
     seed = next(seed for seed in itertools.count(CONFIRM_SEED) if seed not in {*tried, *VERIFY_SEEDS})
-    if (crashes := sum(1 for _ in itertools.takewhile(lambda r: r.score is None, reversed(state.mine)))) >= 3:
+    if (crashes := last_while(state.mine, lambda r: r.score is None)) >= 3:
         return again(s, "repeat", best, seed, f"after {crashes} runs without a score")
     if doubtful:
         if len(state.scores()[best.text]) < 2 and CONFIRM_SEED not in tried:
@@ -1966,11 +1968,9 @@ def opened(config: Config) -> tuple[Session, bool]:
     return Session(config, task, Screen(time.monotonic() + hours_s), f"{now()} {secrets.token_hex(4)}"), resumed
 
 
-def begin(s: Session, resumed: bool) -> None:
-    """Everything before the first turn: the sandbox, the model's first proposal, the branch. Raises UserError, Over."""
-    state, branch, s.gpu_mb = recall(s), f"refs/heads/{s.branch}", gpu()[1]
+def may_begin(s: Session, state: State, resumed: bool, exists: str) -> None:
+    """Raise UserError where the branch, the record or the machine are not such that a session can begin."""
     other, last = "--tag NAME", state.mine[-1:]
-    exists = git(s.config, "rev-parse", "-q", "--verify", branch, default="")
     if exists and not resumed and (last or exists != git(s.config, "rev-parse", "HEAD")):
         raise UserError(f"{s.branch} exists. To go on with it: git checkout {s.branch}. To begin another: {other}")
     if not last and git(s.config, "for-each-ref", f"refs/autoresearch/{s.config.tag}/"):
@@ -1989,6 +1989,13 @@ def begin(s: Session, resumed: bool) -> None:
     unread = "train.py does not parse: mend it, commit it" * (not program_key(state.text))
     if why := unread or foreign(s, state)[0] or busy(s, FREE_BYTES):
         raise UserError(f"{why}, then start again")
+
+
+def begin(s: Session, resumed: bool) -> None:
+    """Everything before the first turn: the sandbox, the model's first proposal, the branch. Raises UserError, Over."""
+    state, branch, s.gpu_mb = recall(s), f"refs/heads/{s.branch}", gpu()[1]
+    exists = git(s.config, "rev-parse", "-q", "--verify", branch, default="")
+    may_begin(s, state, resumed, exists)
     s.runs.mkdir(parents=True, exist_ok=True)
     s.screen.log = s.runs / "session.log"
     remove(s.runs / "next.md")  # this and more of a session that was killed
@@ -2010,7 +2017,7 @@ def begin(s: Session, resumed: bool) -> None:
         git(s.config, "update-ref", branch, state.tip, "")
     git(s.config, "symbolic-ref", "HEAD", branch)
     who, on = (s.model or "search") + ", one ahead" * s.elsewhere, f" after {len(state.mine)} rows"
-    s.screen.say(f"{s.branch}: {s.task.conditions}; proposals by {who}{on * bool(last)}")
+    s.screen.say(f"{s.branch}: {s.task.conditions}; proposals by {who}{on * bool(state.mine)}")
 
 
 def session(config: Config) -> int:
