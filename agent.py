@@ -129,7 +129,8 @@ Edit = namedtuple("Edit", "kind old new")  # set (name, value), block (old lines
 Knob = namedtuple("Knob", "name value low high span")  # a hyperparameter of train.py; where its literal stands
 Noise = namedtuple("Noise", "sd repeats")  # standard deviation of one run's score over seeds; how many tell of it
 Gain = namedtuple("Gain", "mean low high")  # by how much the best is better than the baseline, and its 95 % interval
-Reply = namedtuple("Reply", "text cut")  # cut: off, by the limit of its length
+# cut: off, by the limit of its length; short: the first request was counted as far fewer tokens than it has
+Reply = namedtuple("Reply", "text cut short")
 # What a run gave. status: "", crash, invalid, void (the machine's fault, run again); blocks: of its score, by split;
 # measured: columns of its row
 Result = namedtuple("Result", "status reason blocks measured", defaults=("", "", {}, {}))
@@ -612,6 +613,7 @@ ODD += r"|\*{3} ?(?:begin|update|end)|(?:find|replace|with|replace with):[ \t]*$
 ODD += r"|[*`\-\d.) ]*(?-i:(?!EXPECTED|HYPOTHESIS|DESCRIPTION)[A-Z][A-Z0-9_]+)[`*]*[ \t]*(?:=|:|->)[ \t]*[-+]?[\d.]"  # a constant without SET
 ODD = re.compile(rf"^[ \t>]*(?:{ODD}).*", re.M | re.I)  # what looks like an edit, and is none of these
 THOUGHT = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
+THOUGHT_END = rf"[<\[]/{THOUGHT}[>\]]"
 CHOICE = "(?:option|alternative|variant|approach|version|idea|plan)"
 
 
@@ -621,8 +623,10 @@ def without_thoughts(reply: str) -> str:
     reply = re.sub(rf"(?:◁|&lt;|<\|)(/?)(?:begin_of_)?({THOUGHT})(?:▷|&gt;|\|>)", r"<\1\2>", reply, flags=re.I)
     reply = re.sub(r"<\|channel\|>\s*analysis.*?(?=<\|channel\|>\s*final|\Z)", "", reply, flags=re.S)
     reply = re.sub(r"<\|[a-z_]+\|>(?:\s*final\b)?", "", reply)
-    reply = re.sub(rf"^[ \t]*[<\[]{THOUGHT}[>\]].*?[<\[]/{THOUGHT}[>\]]", "", reply, flags=re.S | re.I | re.M)
-    opened = re.match(rf".*[<\[]/{THOUGHT}[>\]][ \t]*$", reply, re.S | re.I | re.M)  # by the server's template
+    reply = re.sub(rf"^[ \t]*[<\[]{THOUGHT}[>\]].*?{THOUGHT_END}", "", reply, flags=re.S | re.I | re.M)
+    within = rf"(?<![`'\"\w])[<\[]{THOUGHT}[>\]](?![`'\"])(?:(?!{THOUGHT_END})[^\n])*\n.*?{THOUGHT_END}"  # of a line
+    reply = re.sub(within, lambda m: m[0] * (reply.count("```", 0, m.start()) % 2), reply, flags=re.S | re.I)
+    opened = re.match(rf".*{THOUGHT_END}[ \t]*$", reply, re.S | re.I | re.M)  # by the server's template
     if opened and re.search(r"^\W*(DESCRIPTION|SET|<<<<|```)", reply[opened.end() :], re.M):
         reply = reply[opened.end() :]
     return re.sub(rf"\A\s*[<\[]{THOUGHT}[>\]].*", "", reply, flags=re.S | re.I)
@@ -1394,9 +1398,10 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
     text = (text if text.strip() else next(answers, "")).encode("utf-8", "replace").decode()
     sizes = sum(len(m["content"]) for m in messages) // 4, len(text) // 4
     counted = [usage.get(f"{name}_tokens") for name in ("prompt", "completion", "total")]
+    short = not s.tokens and 0 < 6 * (counted[0] or 0) < 4 * sizes[0] > 8000
     s.tokens += counted[2] or sum(one or size for one, size in zip(counted, sizes))
     s.slowest_s = max(s.slowest_s, time.monotonic() - began)
-    return Reply(text, choice.get("finish_reason") == "length")
+    return Reply(text, choice.get("finish_reason") == "length", short)
 
 
 def whole_answer(s: Session, response) -> dict:
@@ -1432,7 +1437,7 @@ def words(part: object) -> str:
 
 def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], log: Path) -> Reply:
     """A reply, waiting out short outages, with the request made as the server will have it. Raises NoReply."""
-    since, wait_s, before, halved = time.monotonic(), 0.5, (s.chars, s.without), 0
+    since, wait_s, before, halved, sent = time.monotonic(), 0.5, (s.chars, s.without), 0, math.inf
     while True:
         messages, most = about() + lessons, s.config.max_llm_tokens
         if most and s.tokens >= most:
@@ -1450,8 +1455,8 @@ def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], 
                 s.limits = s.limits[1:]
             elif named and (refused or status in (500, 501)):
                 s.without = (*s.without, named[0])
-            elif size > 12_000 and halved < (3 if refused else status == 500):
-                halved, s.chars = halved + 1, size // 2  # too long, perhaps, whatever its words
+            elif 12_000 < size < sent and halved < (3 if refused else status == 500):
+                halved, s.chars, sent = halved + 1, size // 2, size  # too long, perhaps, whatever its words
             elif left and refused:  # its form, perhaps, whatever its words
                 s.chars, s.without = before[0], (*s.without, left[0])
             else:
@@ -1504,11 +1509,13 @@ def converse(s: Session, about: Callable, log: Path, base: str, tried: dict[str,
             return replace(row, model=s.model, refused=refused or None, llm_tokens=s.tokens - spent)
         except EditError as error:
             s.screen.say(f"      refused before training: {one_line(str(error))[:160]}")
+            if reply.short:
+                guess = "perhaps the server cuts long requests: it counted far fewer tokens than were sent"
+                s.screen.say(f"      {guess}. Ollama: OLLAMA_CONTEXT_LENGTH=32768")
             lesson = f"{error}\n\nNothing was run. Send the whole reply again, every edit of it, in the same form."
             lessons = [] if len(lessons) >= 6 else lessons  # three lessons that did not help: begin anew
             lessons += [{"role": "assistant", "content": reply.text or "-"}, {"role": "user", "content": lesson}]
-    why = "perhaps the server cuts long requests (Ollama: OLLAMA_CONTEXT_LENGTH=32768)"
-    raise NoReply(f"{tries} replies in a row could not be used; {why}")
+    raise NoReply(f"{tries} replies in a row could not be used")
 
 
 def asking(work: Callable[[], Row]) -> Future:

@@ -71,6 +71,10 @@ def test_a_mere_mention_of_a_thought_is_none_and_a_reply_of_thoughts_alone_is_em
     told = agent.parse_reply(reply("SET RATE = 2.0", hypothesis="The <think> mark that ends </think> a reply."))
     assert told.edits == (RATE_2,) and told.hypothesis.endswith("ends </think> a reply.")
     assert "TAG = '</think>'" in edited(block("    step = 0", "    step = 0\n    TAG = '</think>'"))
+    marked = TEXT.replace("    step = 0\n", "    step = 0  # <think> opens\n    TAG = 1  # </think> ends\n")
+    assert edited(f"```python\n{marked}```") == marked
+    within = f"Well, <think>perhaps\nSET DECAY = 0.9\n{STEP}\n</think> so:\n{reply('SET RATE = 2.0')}"
+    assert agent.parse_reply(within).edits == (RATE_2,)
     for text in ("", " \n", "<think>SET RATE = 2.0</think>", "<think>Perhaps\n" + reply("SET RATE = 2.0")):
         with pytest.raises(agent.EditError, match="The reply was empty"):
             agent.parse_reply(text)
