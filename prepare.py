@@ -174,7 +174,7 @@ def open_corpus(dataset: str, num_shards: int) -> Corpus:
         return Corpus(dataset, dataset, str(len(files)), partial(read_texts, files), urls, held)
     root = Path(dataset).resolve()
     found = {file: kind(file) for file in {file.resolve(): file for file in files_in(root, set())}.values()}
-    files = [file for file in found if found[file] in READERS]
+    files = [file for file in found if found[file] in READERS and file.exists()]
     files = [f for f in files if f == root or found[f] not in (".json", ".csv") or any(read_texts([f], sure=False))]
     if others := [found[file] or "without an ending" for file in found.keys() - {*files}]:
         print("left out:", ", ".join(f"{others.count(ending)} {ending}" for ending in sorted({*others})), flush=True)
@@ -186,10 +186,10 @@ def open_corpus(dataset: str, num_shards: int) -> Corpus:
 
 
 def files_in(path: Path, seen: set[Path]) -> Iterator[Path]:
-    """The file, or all in the folder and in linked ones, each once as links may loop. A closed folder is as a file."""
-    if path.is_file() or path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
-        yield path
-    elif path.is_dir() and path.resolve() not in seen:
+    """All files there and in linked folders, each once as links may loop. What is closed, or links nowhere, is as one."""
+    if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
+        yield from [path] * (path.is_file() or path.is_dir() or path.is_symlink())
+    elif path.resolve() not in seen:
         seen.add(path.resolve())
         yield from chain.from_iterable(files_in(inner, seen) for inner in sorted(path.iterdir()))
 

@@ -182,10 +182,11 @@ def test_every_kind_of_text_is_read_and_other_files_are_named(tmp_path, cache, c
     (linked / "i.md.gz").write_bytes(gzip.compress(b"packed"))
     (folder / "linked").symlink_to(linked)
     (linked / "back").symlink_to(folder)  # a loop of links
+    (linked / "gone.txt").symlink_to(tmp_path / "nowhere")
     for name in ("package.json", "numbers.csv", "1.pdf", "2.PDF", "LICENSE"):
         (folder / name).write_text('{"name": "x"}')
     code, output, _ = command("--dataset", folder)
-    assert code == 0 and output.splitlines()[0] == "left out: 1 .csv, 1 .json, 2 .pdf, 1 without an ending"
+    assert code == 0 and output.splitlines()[0] == "left out: 1 .csv, 1 .json, 2 .pdf, 1 .txt, 1 without an ending"
     read = list(prepare.open_corpus(str(folder), 10).texts())
     assert read == [*(f'{text}, "cited"' for text in texts[:40]), *texts[40:], "marked as UTF-8", "packed"]
 

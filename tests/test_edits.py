@@ -34,6 +34,9 @@ FIELDS = {
     "bold": "**HYPOTHESIS:** more rate.\n**EXPECTED:** \u22120.002\n**DESCRIPTION:** rate up\n\n- `SET RATE = 2.0`",
     "small letters, Windows": "Hypothesis: more rate.\r\nExpected: -2e-3\r\nDescription: rate up\r\nSET RATE = 2.0\r\n",
     "headings": "## Hypothesis\nmore rate.\n\n## Expected\n-0.002\n\n## Description\nrate up\n\nSET RATE = 2.0",
+    "bold headings": "**Hypothesis**\nmore rate.\n**Expected**\n-0.002\n## **Description**\nrate up\n\nSET RATE = 2.0",
+    "a list": "1. HYPOTHESIS: more rate.\n2. **Expected**: -0.002\n- DESCRIPTION: rate up\n- SET RATE = 2.0",
+    "a named file": "HYPOTHESIS: more rate.\nEXPECTED: -0.002\nDESCRIPTION: rate up\nFile: train.py\n\nSET RATE = 2.0",
 }
 
 
@@ -57,6 +60,7 @@ THOUGHTS += ["Perhaps\nSET DECAY = 0.9\n</think>\n"]  # the server's template ha
 THOUGHTS += [f"{a}think{b}\nSET DECAY = 0.9\n{a}/think{b}\n" for a, b in (("\u25c1", "\u25b7"), ("&lt;", "&gt;"))]
 THOUGHTS += ["<scratchpad>SET DECAY = 0.9</scratchpad>", "<|begin_of_thought|>SET DECAY = 0.9\n<|end_of_thought|>\n"]
 THOUGHTS += ["<|channel|>analysis<|message|>SET DECAY = 0.9\n<|end|><|start|>assistant<|channel|>final<|message|>"]
+THOUGHTS += ["<|channel>thought\nSET DECAY = 0.9\n<channel|>"]
 
 
 @pytest.mark.parametrize("thought", THOUGHTS)
@@ -67,12 +71,18 @@ def test_thoughts_are_never_edits(thought):
     assert within.description == ("an idea" if thought[0] in "<[" else "RATE = 2.0")
 
 
+def test_an_answer_may_follow_the_end_of_a_thought_on_its_line():
+    for answer in ("SET RATE = 2.0", reply("SET RATE = 2.0")):
+        assert agent.parse_reply(f"Perhaps\nSET DECAY = 0.9\nno, better:</think>{answer}").edits == (RATE_2,)
+
+
 def test_a_mere_mention_of_a_thought_is_none_and_a_reply_of_thoughts_alone_is_empty():
     told = agent.parse_reply(reply("SET RATE = 2.0", hypothesis="The <think> mark that ends </think> a reply."))
     assert told.edits == (RATE_2,) and told.hypothesis.endswith("ends </think> a reply.")
     assert "TAG = '</think>'" in edited(block("    step = 0", "    step = 0\n    TAG = '</think>'"))
-    marked = TEXT.replace("    step = 0\n", "    step = 0  # <think> opens\n    TAG = 1  # </think> ends\n")
-    assert edited(f"```python\n{marked}```") == marked
+    lines = "    step = 0  # <think> opens\n    TAG = '<|bos|>'  # </think> ends"
+    marked = TEXT.replace("    step = 0", lines)
+    assert edited(f"```python\n{marked}```") == edited(block("    step = 0", lines)) == marked
     within = f"Well, <think>perhaps\nSET DECAY = 0.9\n{STEP}\n</think> so:\n{reply('SET RATE = 2.0')}"
     assert agent.parse_reply(within).edits == (RATE_2,)
     for text in ("", " \n", "<think>SET RATE = 2.0</think>", "<think>Perhaps\n" + reply("SET RATE = 2.0")):
@@ -153,6 +163,16 @@ OTHER_FORMS |= {
 OTHER_FORMS |= {"tags": "<search>\n    step = 0\n</search>", "find": "FIND:\n    step = 0\nREPLACE WITH:\n    step = 7"}
 OTHER_FORMS |= {"no SET": "DECAY = 0.3", "a list": "- DECAY: 0.2 -> 0.3", "bold": "**DECAY**: 0.3"}
 OTHER_FORMS |= {"no value": "SET DECAY higher", "set in small letters": "set DECAY = 0.3"}
+OTHER_FORMS |= {
+    "a text": 'NOTE = "fancy"',
+    "an arrow": "DECAY 0.2 \u2192 0.3",
+    "three signs": "<<<SEARCH\n    step = 0\n===",
+}
+OTHER_FORMS |= {
+    f"SET after {dress!r}": f"{dress}DECAY = 0.3" for dress in ("**SET** ", "+ SET ", "\u2022 SET ", "Edit: SET ")
+}
+OTHER_FORMS |= {"a tool": "<tool_call>\nstep = 7\n</tool_call>", "labels": "OLD:\n    step = 0\nNEW:\n    step = 7"}
+OTHER_FORMS |= {"in a list": "1. change:\n   ```python\n   rows = 7\n   ```", "bare": "-    step = 0\n+    step = 7"}
 
 
 @pytest.mark.parametrize("form", OTHER_FORMS)
@@ -161,7 +181,7 @@ def test_an_edit_in_another_form_is_understood_or_goes_back_whole(form):
     try:
         assert edited(f"SET RATE = 2.0\n{second}\n") == edited(f"SET RATE = 2.0\n{plain}")
     except agent.EditError as error:
-        words = [line.strip("> `")[:12] for line in second.splitlines()]
+        words = [" ".join(line.strip("> `").split())[:12] for line in second.splitlines()]
         assert any(word and word in str(error) for word in words), error  # it says what was not understood
 
 
@@ -181,6 +201,9 @@ REFUSED |= {
     "Option A: slower\nSET RATE = 0.5\n\nOption B: less\nSET DECAY = 0.1": "alternatives",
     f"**Option 1**\n{STEP}\n\n### Alternative 2\nSET DECAY = 0.1": "alternatives",
     "<<<<<<< SEARCH\n=======\nx = 1\n>>>>>>> REPLACE": "SEARCH part is empty",
+    "Proposal #1\nSET RATE = 0.5\nProposal #2\nSET DECAY = 0.1": "alternatives",
+    "SET RATE = 0.5\n" + reply("SET DECAY = 0.1"): "alternatives",
+    "<<<<<<< SEARCH\nexact lines of train.py\n=======\nnew lines\n>>>>>>> REPLACE": "the form, not an edit",
     "I would raise the rate.": "The reply has no edit",
     "SET RATES = 1": "Did you mean RATE",
     "SET NAME = value": "not an edit",

@@ -296,9 +296,9 @@ def test_a_stream_that_is_cut_within_a_line_is_asked_for_again(checkout, server)
 def test_a_form_that_is_refused_in_whatever_words_is_made_simpler(checkout, server):
     words = "Developer instruktion is not enabled for models/tiny"
     refuse = lambda body: error(400, words) if body["messages"][0]["role"] == "system" else idea(1)  # noqa: E731
-    llm(checkout, server, refuse, refuse, refuse, idea(2), experiments=3)
-    assert proposers(checkout) == "baseline llm llm" and len(server.requests) == 4
-    assert [len(body["messages"]) for body in server.requests] == [2, 2, 1, 1]
+    llm(checkout, server, refuse, refuse, refuse, refuse, idea(2), experiments=3)
+    assert proposers(checkout) == "baseline llm llm" and len(server.requests) == 5
+    assert [len(body["messages"]) for body in server.requests] == [2, 2, 2, 1, 1]
     server.requests.clear()  # of another shape than the others
 
 
@@ -312,6 +312,8 @@ def test_a_server_that_refuses_streams_is_asked_plainly_from_then_on(checkout, s
 SURROUNDINGS = {
     "a proxy without its package": {"ALL_PROXY": "socks5://127.0.0.1:9", "OPENAI_BASE_URL": "http://models.invalid/v1"},
     "no such certificates": {"SSL_CERT_FILE": "/nowhere", "OPENAI_BASE_URL": "https://models.invalid/v1"},
+    "an odd port": {"OPENAI_BASE_URL": "http://models.invalid:80x/v1"},
+    "an open bracket": {"OPENAI_BASE_URL": "http://[models.invalid/v1"},
 }
 
 
@@ -351,11 +353,27 @@ def test_a_request_that_is_too_long_in_whatever_words_is_shortened(checkout, ser
 
 def test_a_request_that_stays_too_long_is_left_to_the_search(checkout, server):
     (checkout.root / "program.md").write_text(LONG_BRIEF)
-    llm(checkout, server, idea(1), *[TOO_LONG["a code"]] * 4, idea(2), experiments=4)
-    assert proposers(checkout) == "baseline llm search llm" and len(server.requests) == 6
-    streamed = [bool(body.get("stream")) for body in server.requests[1:5]]
-    assert streamed == [True, True, False, False]  # as it was, with half the history, in two other forms
-    del server.requests[4]  # without a system message
+    llm(checkout, server, idea(1), *[TOO_LONG["a code"]] * 5, idea(2), experiments=4)
+    assert proposers(checkout) == "baseline llm search llm" and len(server.requests) == 7
+    streamed = [bool(body.get("stream")) for body in server.requests[1:6]]
+    assert streamed == [True, True, True, False, False]  # as it was, with half the history, in three other forms
+    del server.requests[5]  # without a system message
+
+
+def test_half_the_history_after_a_passing_crash_of_the_server_is_not_for_ever(checkout, server):
+    (checkout.root / "program.md").write_text(LONG_BRIEF)
+    llm(checkout, server, idea(1), TOO_LONG["a crash"], idea(2), idea(3), experiments=4)
+    now = [server.asked(i).count(" idea ") for i in (2, 4)]
+    assert proposers(checkout) == "baseline llm llm llm" and now[1] > now[0]
+
+
+def test_a_server_that_knows_no_stream_options_is_asked_without_them(checkout, server):
+    refuse = lambda body: error(422, "body.stream_options: extra inputs are not permitted")  # noqa: E731
+    llm(checkout, server, refuse, idea(1), idea(2), experiments=3)
+    assert proposers(checkout) == "baseline llm llm"
+    assert [(body["stream"], "stream_options" in body) for body in server.requests] == [(True, True)] + [
+        (True, False)
+    ] * 2
 
 
 # What becomes of a reply

@@ -365,13 +365,12 @@ def test_a_clone_without_the_rows_is_told_how_to_fetch_them(checkout):
     clone.git("checkout", "-q", "autoresearch/t")
     clone.git("fetch", "-q", "origin", fetch)
     assert clone.run("--status").returncode == 0
-    assert clone.session(experiments=1) == 0 and [row["id"] for row in clone.rows()] == [
-        "0001",
-        "0002",
-        "0003",
-        "0004",
-        "0001",
-    ]
+    assert clone.session(experiments=1) == 0
+    assert [row["id"] for row in clone.rows()] == ["0001", "0002", "0003", "0004", "0001"]
+    clone.git("push", "-q", "origin", "autoresearch/new")  # nothing was kept on it, so it tells nothing of its rows
+    checkout.git("clone", "-q", "-b", "autoresearch/new", ".", clone.root.parent / "third")
+    done = type(checkout)(clone.root.parent / "third", checkout.cache).run("--proposer", "search", "--experiments", "1")
+    assert done.returncode == 2 and f"git fetch REMOTE '{fetch}'" in done.stderr, done
 
 
 @pytest.mark.parametrize("what", [".", ".git"])

@@ -25,8 +25,8 @@ from conftest import Server, commit_all, make_checkout, reply  # noqa: E402
 STAGES, TURNS, TAG = (1, 500, 5000), 12, "loop"
 
 
-def fill(checkout, upto: int) -> None:
-    """Record copies of row 0002, a discard, each of a text of its own, until there are so many rows."""
+def fill(checkout, upto: int, name: str = "{0:04d}") -> None:
+    """Record copies of row 0002, a discard, each of a text and a name of its own, until there are so many rows."""
     ref = f"refs/autoresearch/{TAG}/0002"
     text, parent = checkout.git("show", f"{ref}:train.py"), checkout.git("rev-parse", f"{ref}^")
     form = subprocess.run(["git", "log", "-1", "--format=%B", ref], cwd=checkout.root, capture_output=True, text=True)
@@ -34,11 +34,12 @@ def fill(checkout, upto: int) -> None:
     for number in range(len(checkout.refs()) + 1, upto + 1):
         own = text.replace('"plain"', f'"filler {number}"').encode()
         blob = hashlib.sha1(b"blob %d\0" % len(own) + own).hexdigest()
-        values = {"Id": f"{number:04d}", "Program": f"{number:016x}", "Text": blob}
+        id = name.format(number, number % 10)
+        values = {"Id": id, "Program": f"{number:016x}", "Text": blob}
         message = form.stdout.strip()
-        for name, value in values.items():
-            message = re.sub(rf"^{name}: .*", f"{name}: {value}", message, flags=re.M)
-        head = f"commit refs/autoresearch/{TAG}/{number:04d}\ncommitter a <a@a> 1760000000 +0000\n"
+        for key, value in values.items():
+            message = re.sub(rf"^{key}: .*", f"{key}: {value}", message, flags=re.M)
+        head = f"commit refs/autoresearch/{TAG}/{id}\ncommitter a <a@a> 1760000000 +0000\n"
         message = f"{message}\n"
         stream.append(
             f"{head}data {len(message.encode())}\n{message}from {parent}\nM 100644 inline train.py\n".encode()
@@ -47,7 +48,7 @@ def fill(checkout, upto: int) -> None:
     subprocess.run(["git", "fast-import", "--quiet"], cwd=checkout.root, input=b"".join(stream), check=True)
 
 
-def session(checkout, server, stage: int) -> tuple[float, float, float]:
+def session(checkout, server, stage: int, **sharing: str) -> tuple[float, float, float]:
     """Some turns: the median and the longest of their own seconds, and those of the start, to the first request."""
     asked, ideas = [], iter(range(TURNS))
 
@@ -60,10 +61,10 @@ def session(checkout, server, stage: int) -> tuple[float, float, float]:
     server.script[:] = [answer] * (2 * TURNS + 1)
     began = time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()):
-        more = {"tag": TAG, "proposer": "llm", "base_url": server.url, "experiments": TURNS}
+        more = {"tag": TAG, "proposer": "llm", "base_url": server.url, "experiments": TURNS, **sharing}
         assert checkout.session(**more, confirm="never") == 0
-    last = [f"{len(checkout.refs()) - i:04d}" for i in range(len(asked) - 1, 0, -1)]
-    took = [float(checkout.trailers(id, TAG)["Wall-S"]) for id in last]
+    last = [ref for ref in checkout.refs() if not sharing or ref.endswith(sharing["agent"])][1 - len(asked) :]
+    took = [float(checkout.trailers(ref.rpartition("/")[2], TAG)["Wall-S"]) for ref in last]
     own = [b - a - wall for a, b, wall in zip(asked, asked[1:], took)][1:]  # the first may hold the baseline too
     return median(own), max(own), asked[0] - began
 
