@@ -915,7 +915,8 @@ def names_in(node: ast.AST) -> list[str]:
     return []
 
 
-def faults_of(text: str, task: Task) -> dict[str, int]:
+@lru_cache(maxsize=16)
+def faults_of(text: str, required: tuple[str, ...], max_digits: int) -> dict[str, int]:
     """What of a train.py is against the rules, as sentences, and the line of each. Raises one of NO_CODE.
 
     It teaches within milliseconds, and is no wall: a name that is put together, or handed on under another one, passes.
@@ -938,24 +939,24 @@ def faults_of(text: str, task: Task) -> dict[str, int]:
             elif why or plain and name in BUILTINS:
                 found[f"`{name}` {(why or list(REFUSED))[0]}"] = line
     literals = "".join(str(n.value) for n in ast.walk(program) if isinstance(n, ast.Constant))
-    if len(re.sub(r"\D", "", literals)) > task.max_digits:
-        found[f"over {task.max_digits} digits in literals are a result, not a way to one: write what computes it"] = 1
+    if len(re.sub(r"\D", "", literals)) > max_digits:
+        found[f"over {max_digits} digits in literals are a result, not a way to one: write what computes it"] = 1
     words = re.findall(r"\w+", ast.unparse(program))
-    missing = ", ".join(name for name in task.required if name not in words)
+    missing = ", ".join(name for name in required if name not in words)
     return found | ({f"train.py must keep {missing}: the contract with prepare.py": 1} if missing else {})
 
 
 def guard(text: str, base: str, tried: dict[str, Row], task: Task, rules: bool = True) -> None:
     """Raise EditError where a text may not train; but what its base has too is the affair of who committed it."""
     try:
-        faults = faults_of(text, task)
+        faults = faults_of(text, task.required, task.max_digits)
     except NO_CODE as error:
         raise EditError(f"The edited train.py does not parse: {error}.") from None
     if ast.dump(bare(text)) == ast.dump(bare(base)):
         raise EditError("The edit changes nothing but comments, docstrings or layout.")
     if r := tried.get(program_key(text)):
         raise EditError(f"But for a hair's breadth of a number, this repeats experiment {r.tag}/{row_line(task, r)}.")
-    old = faults_of(base, task) if rules else faults
+    old = faults_of(base, task.required, task.max_digits) if rules else faults
     if new := [f"line {line}: {why}." for why, line in faults.items() if why not in old]:
         raise EditError(" ".join(new[:3]))
 
@@ -2529,8 +2530,7 @@ def crew(config: Config) -> int:
         raise UserError("--workers needs Ray: pip install -e '.[ray]'") from None
     name, (config, _) = config.agent or socket.gethostname(), open_checkout(replace(config, agent=""))
     top, commit = git(config, "rev-parse", "--show-toplevel", "HEAD").split("\n")
-    s, share = Session(config, Task(Path()), Screen(), ""), config.share or top
-    known, began, script = {r.commit for r in recall(s).rows}, time.monotonic(), Path(__file__).resolve()
+    s, share, script = Session(config, Task(Path()), Screen(), ""), config.share or top, Path(__file__).resolve()
     args = [str(script.relative_to(top) if script.is_relative_to(top) else script), *sys.argv[1:], "--workers", "1"]
     args += ["--task", str(config.root.relative_to(top))] * (config.root != script.parent)  # of options the last counts
     ray.init(os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -2540,22 +2540,27 @@ def crew(config: Config) -> int:
     share_of = {"num_gpus": 1} if gpus else {"num_cpus": cpus // config.workers}
     task = ray.remote(work).options(max_retries=-1, **share_of)
     env = {key: value for key, value in os.environ.items() if key.startswith(("OPENAI_", "AUTORESEARCH_"))}
-    left = [task.remote(share, config.tag, f"{name}-{i}", commit, args, env) for i in range(config.workers)]
-    rows, s.screen.label = [], f"{config.workers} agents on {config.tag}"
+    follow(s, ray, [task.remote(share, config.tag, f"{name}-{i}", commit, args, env) for i in range(config.workers)])
+    ray.shutdown()
+    return 130 if STOP.is_set() else 0
+
+
+def follow(s: Session, ray, left: list) -> None:
+    """Say what the agents of crew() record, and what the best and the rate are, until all have ended or are stopped."""
+    rows, known, began = [], {r.commit for r in recall(s).rows}, time.monotonic()
+    s.screen.label = f"{len(left)} agents on {s.config.tag}"
     while left:
-        if STOP.is_set():
-            for one in left:
-                ray.cancel(one)
-        done, left = ray.wait(
-            left, num_returns=len(left) if STOP.is_set() else 1, timeout=GIT_S if STOP.is_set() else 2
-        )
+        stopping = STOP.is_set()
+        for one in left if stopping else ():
+            ray.cancel(one)
+        done, left = ray.wait(left, num_returns=len(left) if stopping else 1, timeout=GIT_S if stopping else 2.0)
         for one in done:
             with contextlib.suppress(ray.exceptions.RayError):  # cancelled
                 s.screen.say(ray.get(one))
         with contextlib.suppress(OSError):
-            if config.share:
+            if s.config.share:
                 fetch_rows(s)
-            for r in (r for r in recall(s).rows if r.tag == config.tag and r.commit not in known):
+            for r in (r for r in recall(s).rows if r.tag == s.config.tag and r.commit not in known):
                 s.task = as_recorded(s.task, r)
                 s.screen.say(row_line(s.task, r))
                 known.add(r.commit)
@@ -2563,8 +2568,6 @@ def crew(config: Config) -> int:
         best = max((r for r in rows if r.status == "keep"), key=lambda r: s.task.gain(r.score, 0.0), default=None)
         common = f", best {best.score:.6f} ({best.id})" if best else ""
         s.screen.phase(f"{len(rows) * 3600 / (time.monotonic() - began):.1f} experiments an hour{common}")
-    ray.shutdown()
-    return 130 if STOP.is_set() else 0
 
 
 def as_recorded(task: Task, r: Row) -> Task:

@@ -208,7 +208,7 @@ def test_an_example_is_short_and_keeps_the_rules_that_its_brief_states(name, mos
         agent.Task(Path(), "score", required=("main", "load", "start")),
     )
     task = task if most is None else replace(task, max_digits=most)
-    assert not agent.faults_of(text, task)
+    assert not agent.faults_of(text, task.required, task.max_digits)
     if most is not None:
         assert f"more than {most}, which any table" in (TASKS / name / "program.md").read_text()
         for table in [round(i / 71, 2) for i in range(52)], "0" * most, [10**i for i in range(30)]:
