@@ -77,6 +77,7 @@ STUCK_ROWS, NOTES_ROWS = 8, 10  # without a keep before the question changes; be
 DIFF_CHARS, DIFFS_CHARS, ROWS_CHARS = 4_000, 12_000, 44_000  # that a request shows of one diff, of all keeps', of rows
 MAX_TEXT, MAX_LITERAL = 100_000, 4_000  # characters of a train.py, of one of its strings
 
+STATUSES = ("keep", "discard", "crash", "invalid", "maybe", "verify")
 NO_CODE = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)  # what parsing odd text raises
 NO_SERVER = (ValueError, AttributeError, TypeError, ImportError, OSError)  # what odd answers, proxies, keys raise
 FILES = ("train.py", "program.md")  # what a row's commit has of its own
@@ -89,9 +90,9 @@ SYSTEM = """/usr /bin /sbin /lib /lib32 /lib64 /libx32 /opt /nix/store /gnu/stor
     /etc/nsswitch.conf""".split()  # what a sandbox shows, read-only
 CONFINE = 'ulimit -c 0; ulimit -f 16777216; { echo 800 > /proc/self/oom_score_adj; } 2>/dev/null; exec "$@"'
 LIFELINE = "exec 3<&0; (read _ <&3; kill -s KILL 0) & exec 3<&- </dev/null; "  # without a sandbox: dies with us
-CLONE = """[ -e "$1/.git" ] || git clone -q "$2" "$1" || exit 2; cd "$1"; rows="refs/autoresearch/$3/*-$4"
-git fetch -q "$2" "$rows:$rows" "refs/heads/autoresearch/$3-$4:refs/heads/autoresearch/$3-$4"
-git checkout -q "autoresearch/$3-$4" || git checkout -q --detach "$5" || exit 2; shift 5; exec "$@"
+CLONE = """[ -e "$1/.git" ] || git clone -q "$2" "$1" || exit; cd "$1"; rows="refs/autoresearch/$3/*-$4"
+git fetch -q "$2" "$rows:$rows" "refs/heads/autoresearch/$3-$4:refs/heads/autoresearch/$3-$4" 2>/dev/null
+git checkout -q "autoresearch/$3-$4" 2>/dev/null || git checkout -q --detach "$5" || exit; shift 5; exec "$@"
 """  # folder, remote, tag, agent, commit; then the command: goes on with what that agent had, on whatever machine
 SEND_FILES = """import os, socket, sys
 files = [os.open(path, os.O_RDONLY) for path in sys.argv[3:]]
@@ -312,6 +313,11 @@ class Row:
         return self.id.partition("-")[2]
 
     @property
+    def search(self) -> str:
+        """The name of the search that it belongs to: its tag, with its agent."""
+        return f"{self.tag}-{self.agent}" if self.agent else self.tag
+
+    @property
     def terms(self) -> str:
         """Of its conditions all but the device: what makes it part of one history."""
         return self.conditions.rpartition(", ")[0]
@@ -353,6 +359,7 @@ class Session:
     exchanged: Future | None = None  # the push and fetch that go on
     remote: threading.Lock = field(default_factory=threading.Lock)  # one thread at a time speaks to it
     away: str = ""  # why it could not be reached last
+    told: bool = False  # that there is trouble with it
     pushed: str = ""  # the refs that it has of ours
     claimed: set[str] = field(default_factory=set)  # programs
     seen: dict[str, float] = field(default_factory=dict)  # claims of others, and when first
@@ -429,10 +436,17 @@ def parse_row(commit: str, parent: str, text: str) -> Row | None:
     head, _, trailers = text.strip().rpartition("\n\n")
     description, _, hypothesis = head.partition("\n\n")
     values = dict(re.findall(r"^([A-Z][\w-]*): (.*)$", trailers, re.M))
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, ArithmeticError):
         found = {name: PARSED[name](values[key]) for name, key in TRAILERS.items() if key in values}
-        if values.get("Format") == FORMAT and re.fullmatch(r"\d{1,9}(-[\w.-]+)?", found.get("id", "")):
-            return Row(one_line(description)[:200], one_line(hypothesis)[:1000], (), commit, parent, **found)
+        r = Row(one_line(description)[:200], one_line(hypothesis)[:1000], (), commit, parent, **found)
+        whole = r.status != "keep" or r.score is not None and (r.bar is not None or r.proposer == "baseline")
+        if (
+            values.get("Format") == FORMAT
+            and re.fullmatch(r"\d{1,9}(-[\w.]+)?", r.id)
+            and r.status in STATUSES
+            and whole
+        ):
+            return r
     return None
 
 
@@ -440,18 +454,18 @@ def recall(s: Session) -> State:
     """What the refs say. Raises OSError where git cannot read them: git fsck tells more."""
     head, known = f"refs/heads/{s.branch}", s.known
     listed = git(s.config, "for-each-ref", "--format=%(refname) %(objectname)", "refs/autoresearch/", head)
-    refs = dict(line.split(" ") for line in listed.splitlines())
+    refs = dict(re.findall(r"^(\S+) (\w+)$", listed, re.M))
     tip = refs.pop(head, "") or git(s.config, "rev-parse", "HEAD")
     if new := {commit: ref for ref, commit in refs.items() if commit not in known}:
-        form = ("--no-walk=unsorted", "--stdin", "--no-show-signature", "--format=%H%x01%P%x01%B%x02")
-        for part in git(s.config, "log", *form, stdin="\n".join(new)).split("\x02")[:-1]:
-            commit, parents, text = part.strip().split("\x01")
-            row = parse_row(commit, parents.split(" ")[0], text)
-            known[commit] = row if row and new[commit] == f"refs/autoresearch/{row.tag}/{row.id}" else None
+        form = ("-z", "--no-walk=unsorted", "--stdin", "--no-show-signature", "--format=%H%x01%P%x01%B")
+        for part in git(s.config, "log", *form, stdin="\n".join(new)).split("\0")[:-1]:
+            commit, parents, text = part.split("\x01", 2)
+            known[commit] = parse_row(commit, parents.split(" ")[0], text)
         if odd := [ref for commit, ref in new.items() if known.setdefault(commit, None) is None]:
             s.ignored |= {*odd}
             s.screen.say(f"skipped {odd[0]}{f' and {len(odd) - 1} more' * (len(odd) > 1)}: no rows of this version")
-    rows = [r for commit in refs.values() if (r := known[commit]) and r.task == s.config.prefix]
+    rows = [r for ref, commit in refs.items() if (r := known[commit]) and ref == f"refs/autoresearch/{r.tag}/{r.id}"]
+    rows = [r for r in rows if r.task == s.config.prefix]
     began, roots, agent = {}, {}, s.config.agent
     for r in rows:
         began[r.tag, r.agent] = min(r.time, began.get((r.tag, r.agent), r.time))
@@ -575,23 +589,22 @@ def fetch_rows(s: Session, limit_s: float = GIT_S) -> None:
     """
     how = "-q --prune --no-tags --no-write-fetch-head --recurse-submodules=no".split()
     specs = [f"+refs/{name}/*:{PEERS}/{name}/*" for name in ("autoresearch", CLAIMS)]
+    form, places = "--format=%(refname) %(objectname)", ("refs/autoresearch/", f"{PEERS}/autoresearch/")
     with s.remote:
         git(s.config, "fetch", *how, s.config.share, *specs, limit_s=limit_s)
-    ours = git(s.config, "for-each-ref", "--format=%(refname:lstrip=3)", "refs/heads/autoresearch/").splitlines()
-    form, places = "--format=%(refname) %(objectname)", ("refs/autoresearch/", f"{PEERS}/autoresearch/")
-    refs, new = dict(line.split(" ") for line in git(s.config, "for-each-ref", form, *places).splitlines()), {}
-    for ref, commit in refs.items():
-        name = ref.removeprefix(places[1])
-        known, whose = refs.get(places[0] + name), re.fullmatch(r"([\w.-]+)/\d{1,9}-([\w.-]+)", name)
-        if known or not whose or "-".join(whose.groups()) in (s.config.name, *ours):
-            s.ignored |= {name} if name != ref and known != commit else set()
-        else:
-            new[name] = commit
-    if new:
-        asked = "".join(f"{commit}\n{commit}:{s.config.prefix}train.py\n" for commit in new.values())
-        sizes = iter(git(s.config, "cat-file", "--batch-check=%(objecttype) %(objectsize)", stdin=asked).splitlines())
-        for name, row, text in list(zip(new, sizes, sizes)):
-            if not (re.fullmatch(r"commit \d{1,5}", row) and re.fullmatch(r"blob \d{1,6}", text)):
+        refs, new = dict(re.findall(r"^(\S+) (\w+)$", git(s.config, "for-each-ref", form, *places), re.M)), {}
+        for ref, commit in refs.items():
+            name = ref.removeprefix(places[1])
+            known, whose = refs.get(places[0] + name), re.fullmatch(r"[\w.-]+/\d{1,9}-([\w.]+)", name)
+            if known or not whose or whose[1] == s.config.agent:
+                s.ignored |= {name} if name != ref and known != commit else set()
+            else:
+                new[name] = commit
+        parts = ("", f":{s.config.prefix}train.py", f"^:{s.config.prefix}train.py")
+        asked = "".join(f"{commit}{part}\n" for commit in new.values() for part in parts)
+        lines = iter(git(s.config, "cat-file", "--batch-check=%(objecttype) %(objectsize)", stdin=asked).splitlines())
+        for name, *sizes in list(zip(new, lines, lines, lines)):
+            if not re.fullmatch(r"commit \d{1,5}(, blob \d{1,5}){2}", ", ".join(sizes)):
                 s.ignored.add(name)
                 del new[name]
         created = "".join(f"create refs/autoresearch/{name} {commit}\n" for name, commit in new.items())
@@ -601,16 +614,19 @@ def fetch_rows(s: Session, limit_s: float = GIT_S) -> None:
 def push_rows(s: Session) -> None:
     """Push our rows and our branch where they are new, and remove our claims that are settled. Raises OSError."""
     branch, rows = f"refs/heads/{s.branch}", f"refs/autoresearch/{s.config.tag}/*-{s.config.agent}"
-    own, done = git(s.config, "for-each-ref", branch, rows), {r.program for r in s.known.values() if r}
+    own, done, problem = (
+        git(s.config, "for-each-ref", rows, branch),
+        {r.program for r in [*s.known.values()] if r},
+        None,
+    )
+    push = "push -q --no-follow-tags --no-signed --recurse-submodules=no".split()
     with s.remote:
-        if own != s.pushed:
+        if own != s.pushed and "refs/autoresearch/" in own:
             try:
-                git(s.config, "push", "-q", s.config.share, f"+{branch}:{branch}", f"{rows}:{rows}")
-            except OSError as error:
-                if "[rejected]" not in str(error):
-                    raise
-                s.ignored.add(f"what stands in place of a row of {s.config.name}")  # the other rows have passed
-            s.pushed = own
+                git(s.config, *push, s.config.share, f"+{branch}:{branch}", f"{rows}:{rows}")
+                s.pushed = own
+            except OSError as error:  # some may have passed all the same
+                problem = error
         over = {
             f"refs/{CLAIMS}/{s.terms}/{program}": commit
             for program, (commit, name) in claims(s).items()
@@ -618,28 +634,30 @@ def push_rows(s: Session) -> None:
         }
         if over:
             leases = [f"--force-with-lease={ref}:{commit}" for ref, commit in over.items()]
-            git(s.config, "push", "-q", *leases, s.config.share, *(f":{ref}" for ref in over))
+            git(s.config, *push, *leases, s.config.share, *(f":{ref}" for ref in over))
+    if problem:
+        raise problem
 
 
 def exchange(s: Session, later_s: float = 0.0) -> None:
     """Push, and after a while fetch; a remote that is away is told once, and caught up with by the next exchange."""
-    problems = []
+    problems = {}
     for step, wait_s in (push_rows, 0.0), (fetch_rows, later_s):
         time.sleep(wait_s)
         try:
             step(s)
-        except OSError as error:
-            problems.append(str(error))
-    if problems and not s.away:
-        s.screen.say(f"      {s.config.share}: {problems[0]}; going on alone, and catching up later")
-    s.away = "".join(problems[:1])
+        except Exception as error:  # of a background that nobody waits for
+            problems[step] = one_line(str(error))
+    if problems and not s.told:
+        s.screen.say(f"      {s.config.share}: {[*problems.values()][0]}; going on, and catching up later")
+    s.told, s.away = bool(problems), problems.get(fetch_rows, "")
 
 
 def claims(s: Session) -> dict[str, tuple[str, str]]:
     """What was claimed when we last looked: by program the commit that claims it, and the agent's name."""
     form = "--format=%(refname:lstrip=4) %(objectname) %(contents:subject)"
-    lines = git(s.config, "for-each-ref", form, f"{PEERS}/{CLAIMS}/{s.terms}/").splitlines()
-    return {program: (commit, one_line(name)[:60]) for program, commit, name in (line.split(" ", 2) for line in lines)}
+    lines = re.findall(r"^(\S+) (\w+) (.*)$", git(s.config, "for-each-ref", form, f"{PEERS}/{CLAIMS}/{s.terms}/"), re.M)
+    return {program: (commit, one_line(name)[:60]) for program, commit, name in lines}
 
 
 def of_others(s: Session) -> dict[str, Row]:
@@ -657,13 +675,13 @@ def claim(s: Session, text: str) -> None:
     program = program_key(text)
     if not s.config.share or s.config.ask or s.away or program in s.claimed:
         return
-    with contextlib.suppress(OSError):  # a remote that takes no claims costs nothing but these
+    try:
         told = f"{s.config.agent}\n\n{s.began} {now()}"
         own = git(s.config, "commit-tree", git(s.config, "mktree"), stdin=told)
         ref = f"refs/{CLAIMS}/{s.terms}/{program}"
         for _ in range(2):
-            if program in of_others(s):
-                raise EditError(f"{claims(s)[program][1]} runs this very program now: propose another.")
+            if taken := of_others(s).get(program):
+                raise EditError(f"this repeats an experiment {taken.id}: propose another.")
             try:
                 with s.remote:  # made where there is none, or where it is still the stale one
                     lease = f"--force-with-lease={ref}:{claims(s).get(program, ('', ''))[0]}"
@@ -675,6 +693,8 @@ def claim(s: Session, text: str) -> None:
         fetch_rows(s)  # whoever had claimed it before has pushed its row since
         if r := recall(s).tried.get(program):
             raise EditError(f"this repeats experiment {r.tag}/{row_line(s.task, r)}.")
+    except OSError as error:
+        s.away = str(error)  # until an exchange succeeds
 
 
 # ---- The text of train.py: what a reply says, edits, guard, search ---------------------------------------------------
@@ -682,7 +702,7 @@ def claim(s: Session, text: str) -> None:
 
 def one_line(text: str) -> str:
     """White space and control characters squeezed to single blanks."""
-    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", text).split())
 
 
 def bare(text: str) -> ast.Module:
@@ -1062,7 +1082,9 @@ class State:
     @cached_property
     def noise(self) -> Noise:
         """From everybody's repeats so far, and the task's prior, which weighs as much as two."""
-        total, repeats = squares([list(runs.values()) for runs in self.scores(self.history, True).values()])
+        groups = {key: list(runs.values()) for key, runs in self.scores(self.history, True).items()}
+        wild = {key for key, runs in groups.items() if max(runs) - min(runs) > self.task.suspicious * abs(runs[0])}
+        total, repeats = squares([runs for key, runs in groups.items() if key[0] == self.agent or key not in wild])
         return Noise(math.sqrt((2 * self.task.noise**2 + total) / (2 + repeats)), repeats)
 
     @cached_property
@@ -1096,7 +1118,7 @@ class State:
         keeps = (r for r in self.history if r.status == "keep" and r.proposer != "baseline")
         return [r for r in keeps if r.conditions != self.task.conditions]
 
-    @property
+    @cached_property
     def tried(self) -> dict[str, Row]:
         """The experiments by program_key()."""
         known = {r.program: r for r in self.history if r.status != "verify"}
@@ -1110,15 +1132,16 @@ class State:
 
         Not what we have run ourselves; apart, what is too good to be believed while nobody has repeated it.
         """
-        mine, runs, found, absurd = {r.text for r in self.mine}, defaultdict(list), [], []
+        mine, runs, found, absurd = {name for r in self.mine for name in (r.text, r.peer)}, defaultdict(list), [], []
         theirs = [r for r in self.history if self.best and r.tag == self.best.tag and r.agent != self.agent]
         theirs = [r for r in theirs if r.conditions == self.task.conditions and r.score is not None]
         for r in theirs:
             runs[r.text] += [r.score] if r.reason != TOO_GOOD else []
         for r in theirs:
             gain = self.task.gain(fmean(runs[r.text] or [r.score]), self.bar)
-            if r.status == "keep" and r.text not in mine and gain > self.noise.sd:
-                too_good = gain > self.task.suspicious * abs(self.bar) and len(runs[r.text]) < 2
+            if r.status == "keep" and not {r.text, f"{r.tag}/{r.id}"} & mine and gain > self.noise.sd:
+                alone = self.task.noise and sum(other.text == r.text for other in theirs) < 2
+                too_good = alone and gain > self.task.suspicious * abs(self.bar)
                 (absurd if too_good else found).append((gain, r))
         return tuple([r for _, r in sorted(some, key=lambda offer: -offer[0])] for some in (found, absurd))
 
@@ -1663,6 +1686,7 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
     if "system" in s.without:  # then it goes into the first message of the user
         first = "\n\n".join(m["content"] for m in messages[:2])
         messages = [{"role": "user", "content": first}, *messages[2:]]
+    messages = [m | {"content": m["content"].encode("utf-8", "replace").decode()} for m in messages]
     how = {} if "stream" in s.without else {"stream": True}
     how |= {"stream_options": {"include_usage": True}} if how and "options" not in s.without else {}
     began, s.heard = time.monotonic(), 0
@@ -1831,12 +1855,12 @@ def asking(work: Callable[[], Row]) -> Future:
     return future
 
 
-def awaited(s: Session, future: Future) -> Future:
-    """The same, when the model has proposed something, or failed. Raises Over."""
+def awaited(s: Session, future: Future, what: str = "") -> Future:
+    """The same, when it is there, such as what the model has proposed. Raises Over."""
     began = time.monotonic()
     while not future.done():
         heard = f", {s.heard / 1000:.1f} kB have come" * bool(s.heard)
-        s.pause(POLL_S, f"asking {s.model}, {time.monotonic() - began:.0f} s{heard}")
+        s.pause(POLL_S, f"{what or f'asking {s.model}'}, {time.monotonic() - began:.0f} s{heard}")
     return future
 
 
@@ -1906,7 +1930,8 @@ def row_line(task: Task, r: Row) -> str:
 
 def shared_line(task: Task, r: Row) -> str:
     """The same with its tag, and with its device where that is another."""
-    return f"{r.tag}/{row_line(task, r)}" + f" [{r.conditions[len(r.terms) + 2 :]}]" * (r.conditions != task.conditions)
+    device = r.conditions[len(r.terms) + 2 :][:60]
+    return f"{r.tag}/{row_line(task, r)}" + f" [{device}]" * (r.conditions != task.conditions)
 
 
 def noise_line(state: State) -> str:
@@ -2159,7 +2184,7 @@ def candidate(s: Session, state: State) -> Job | None:
     None where it had to be waited for, as the refs may have moved meanwhile, or does not fit.
     """
     row, instead, tried = None, "", state.tried | of_others(s)
-    for r in state.offers[0]:
+    for r in state.offers[0] if state.mine[-1].proposer != "peer" else ():  # they take turns with what is our own
         with contextlib.suppress(EditError):  # then its row is not for us
             text = file_at(s.config, r.commit)
             guard(text, state.text, {}, s.task, s.config.guard)
@@ -2307,6 +2332,8 @@ def open_checkout(config: Config) -> tuple[Config, bool]:
     for option, name in {"tag": tag, "agent": config.agent or "-"}.items():
         if not re.fullmatch(r"-|[A-Za-z0-9][\w.-]*", name) or re.search(r"\.$|\.lock$|\.\.|^data$", name):
             raise UserError(f"--{option} {name}: use letters, digits, - and _, and not just data")
+    if "-" in config.agent:
+        raise UserError(f"--agent {config.agent}: no - in it, please; {config.agent.replace('-', '_')} will do")
     config = replace(config, tag=tag, prefix=prefix)
     return config, head == f"autoresearch/{config.name}"
 
@@ -2328,7 +2355,9 @@ def read_task(config: Config) -> Task | None:
         raise UserError(f"{folder / 'meta.json'} has no valid {names}: see Your own task in README.md, mend prepare.py")
     task = replace(task, budget_s=config.time_budget or task.budget_s)
     cpu = re.findall(r"^model name\s*: (.*)", read_text(Path("/proc/cpuinfo")), re.M) or [platform.machine()]
-    device = meta.get("device") == "cuda" and gpu()[0] or f"{cpu[0]} x {os.cpu_count()}"
+    device = (
+        meta.get("device") == "cuda" and gpu()[0] or f"{cpu[0]} x {os.environ.get('OMP_NUM_THREADS') or os.cpu_count()}"
+    )
     better = f"{task.metric} ({'lower' if task.lower_is_better else 'higher'} is better), preset {task.preset}"
     data = f"data {meta.get('dataset', '-')} {task.fingerprint[:12]}"
     return replace(task, conditions=f"{better}, {data}, {task.budget_s:g} s of training, {device}")
@@ -2370,11 +2399,11 @@ def may_begin(s: Session, state: State, resumed: bool, exists: str) -> None:
     fetch = "are not in this clone: git fetch REMOTE 'refs/autoresearch/*:refs/autoresearch/*'"
     if not last and s.config.share and git(s.config, "for-each-ref", f"{PEERS}/*/{s.config.tag}/*-{s.config.agent}"):
         raise UserError(f"rows of {s.branch} {fetch}; where they are another's, take another --agent NAME")
-    if not s.config.agent and (whose := [r.agent for r in state.rows if f"{r.tag}-{r.agent}" == s.config.tag]):
+    if not s.config.agent and (whose := [r.agent for r in state.rows if r.agent and r.search == s.config.tag]):
         raise UserError(f"{s.branch} is shared. To go on with it: --share REMOTE --agent {whose[0]}")
     far = git(s.config, "for-each-ref", "--format=%(refname:short)", "refs/remotes/*/autoresearch/*")
     kept = git(s.config, "log", "-1", "--format=%h", f"--grep=^Tag: {re.escape(s.config.tag)}$")
-    if resumed and not last and (kept or f"/{s.branch}\n" in f"{far}\n"):
+    if resumed and not last and kept:
         raise UserError(f"its rows {fetch}")
     if far and not state.rows:
         s.screen.say(f"the rows of {far.split()[0]} {fetch}")
@@ -2391,7 +2420,9 @@ def may_begin(s: Session, state: State, resumed: bool, exists: str) -> None:
 def begin(s: Session, resumed: bool) -> None:
     """Everything before the first turn: the sandbox, the model's first proposal, the branch. Raises UserError, Over."""
     if s.config.share:
-        fetch_rows(s, FIRST_S)
+        fetched = awaited(s, asking(lambda: fetch_rows(s, FIRST_S)), f"fetching from {s.config.share}")
+        if not recall(s).mine:  # else it may be away for a while
+            fetched.result()
     state, branch, s.gpu_mb = recall(s), f"refs/heads/{s.branch}", gpu()[1]
     exists = git(s.config, "rev-parse", "-q", "--verify", branch, default="")
     may_begin(s, state, resumed, exists)
@@ -2452,13 +2483,13 @@ def session(config: Config) -> int:
 def finish(s: Session) -> None:
     """Views, closing lines, picture and report, where this session made a row."""
     try:
+        if s.config.share and s.stood and not s.away:
+            s.claimed.clear()  # what was under way is free again
+            exchange(s)
         state = recall(s)
         if made := sum(r.session == s.began for r in state.mine):  # else there is nothing new to say
             settle(s, state)
             live(s, state)
-            s.claimed.clear()  # what was under way is free again
-            if s.config.share and not s.away:
-                exchange(s)
             spent = f", {s.tokens:,} tokens of {s.model}" * bool(s.tokens)
             spent += f", {s.planner.tokens:,} of {s.planner.model}" if s.planner else ""
             s.screen.say(f"{made} row{'s' * (made > 1)} in this session{spent}. {summary(s, state)}")
@@ -2477,7 +2508,7 @@ def show(config: Config) -> int:
     if config.share:
         fetch_rows(s, FIRST_S)
     current = config.name, config.tag  # of a shared search without --share, its tag is not known
-    rows = sorted(recall(s).rows, key=lambda r: (r.tag == config.tag, f"{r.tag}-{r.agent}" in current, r.time, r.id))
+    rows = sorted(recall(s).rows, key=lambda r: (r.search in current, r.tag == config.tag, r.time, r.id))
     if not rows or named and rows[-1].tag != named:
         fetch = "from another clone: git fetch REMOTE 'refs/autoresearch/*:refs/autoresearch/*'"
         raise UserError(f"no experiments are recorded here{f' under the tag {named}' * bool(named)}; {fetch}")
@@ -2501,25 +2532,31 @@ def show_request(config: Config) -> int:
 # ---- Many agents at once, through Ray --------------------------------------------------------------------------------
 
 
-def work(share: str, tag: str, agent: str, commit: str, args: list[str], env: dict) -> str:
-    """On a worker's machine: agent.py in a clone of its own, begun again where it dies. Returns its last words."""
+def work(share: str, tag: str, agent: str, commit: str, until: float, args: list[str], env: dict) -> tuple[int, str]:
+    """On a worker's machine: agent.py in a clone of its own, begun again where it dies, to the Unix time `until`.
+
+    Returns its exit status and its last words.
+    """
     cache = env.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch"
     place = Path(cache) / "crew" / f"{commit[:8]}-{tag}-{agent}"
     place.parent.mkdir(parents=True, exist_ok=True)
     command = ["/bin/sh", "-c", LIFELINE + CLONE, "sh", place, share, tag, agent, commit, sys.executable, *args]
     command += ["--share", share, "--agent", agent, "--tag", tag]
-    while True:
-        with open(log := place.with_suffix(".log"), "a") as output:
+    deaths, code = 0, 1
+    while deaths < 3 and code not in (0, 2, 130):
+        began, left = time.time(), ["--hours", f"{(until - time.time()) / 3600}"] if until < math.inf else []
+        with open(log := Path(f"{place}.log"), "a") as output:
             pipes = {"stdin": subprocess.PIPE, "stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True}
-            process = subprocess.Popen(command, env={**os.environ, **env}, **pipes)
+            process = subprocess.Popen([*command, *left], env={**os.environ, **env}, **pipes)
             try:
-                code = process.wait()
-            except BaseException:  # how Ray cancels
-                process.send_signal(signal.SIGINT)
-                code = process.wait()
-        if code in (0, 2, 130):
-            return f"{agent} has ended: {log_tail(log, 1)}"
-        time.sleep(WAIT_S)
+                while (code := process.poll()) is None:
+                    time.sleep(LOOK_S)
+            except BaseException:  # how Ray cancels, between two looks
+                os.killpg(process.pid, signal.SIGINT)
+                return process.wait(), f"{agent} was stopped"
+        deaths = deaths + 1 if time.time() - began < 60 else 0  # one after another, at the start
+        time.sleep(WAIT_S if code not in (0, 2, 130) else 0)
+    return code, f"{agent} has ended: {log_tail(log, 1)}"
 
 
 def crew(config: Config) -> int:
@@ -2530,35 +2567,47 @@ def crew(config: Config) -> int:
         raise UserError("--workers needs Ray: pip install -e '.[ray]'") from None
     name, (config, _) = config.agent or socket.gethostname(), open_checkout(replace(config, agent=""))
     top, commit = git(config, "rev-parse", "--show-toplevel", "HEAD").split("\n")
-    s, share, script = Session(config, Task(Path()), Screen(), ""), config.share or top, Path(__file__).resolve()
+    address, script = os.environ.get("RAY_ADDRESS", "local"), Path(__file__).resolve()
+    if address != "local" and not config.share:
+        raise UserError("on a cluster the agents need a remote that all machines reach: --share REMOTE")
+    if changed := git(config, "status", "--porcelain", "--untracked-files=no", "--", "*.py", "program.md"):
+        raise UserError(f"the agents work in clones: commit {changed.split()[-1]} first")
+    share = git(config, "remote", "get-url", config.share or top, default=config.share or top)
+    s = Session(config, Task(Path()), Screen(), "")
     args = [str(script.relative_to(top) if script.is_relative_to(top) else script), *sys.argv[1:], "--workers", "1"]
     args += ["--task", str(config.root.relative_to(top))] * (config.root != script.parent)  # of options the last counts
-    ray.init(os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="error")
+    signal.signal(signal.SIGTERM, stop)  # Ray has put its own there
     gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
     if config.workers > (gpus or cpus):
         raise UserError(f"--workers {config.workers}: Ray has {gpus} GPUs and {cpus} cores here")
-    share_of = {"num_gpus": 1} if gpus else {"num_cpus": cpus // config.workers}
-    task = ray.remote(work).options(max_retries=-1, **share_of)
+    task = ray.remote(work).options(max_retries=-1, num_gpus=min(gpus, 1), num_cpus=max(1, cpus // config.workers))
+    until = time.time() + (config.hours or math.inf) * 3600
     env = {key: value for key, value in os.environ.items() if key.startswith(("OPENAI_", "AUTORESEARCH_"))}
-    follow(s, ray, [task.remote(share, config.tag, f"{name}-{i}", commit, args, env) for i in range(config.workers)])
+    how = [(share, config.tag, f"{name}_{i}", commit, until, args, env) for i in range(config.workers)]
+    codes = follow(s, ray, [task.remote(*one) for one in how])
     ray.shutdown()
-    return 130 if STOP.is_set() else 0
+    return 130 if STOP.is_set() else min(codes, default=2)
 
 
-def follow(s: Session, ray, left: list) -> None:
-    """Say what the agents of crew() record, and what the best and the rate are, until all have ended or are stopped."""
-    rows, known, began = [], {r.commit for r in recall(s).rows}, time.monotonic()
-    s.screen.label = f"{len(left)} agents on {s.config.tag}"
+def follow(s: Session, ray, left: list) -> list[int]:
+    """Say what the agents of crew() record, and what the best and the rate are, until all have ended: how each did."""
+    rows, known, began, fetched, codes = [], {r.commit for r in recall(s).rows}, time.monotonic(), 0.0, []
+    stopped, s.screen.label = [], f"{len(left)} agents on {s.config.tag}"
     while left:
-        stopping = STOP.is_set()
-        for one in left if stopping else ():
-            ray.cancel(one)
-        done, left = ray.wait(left, num_returns=len(left) if stopping else 1, timeout=GIT_S if stopping else 2.0)
+        if STOP.is_set() and not stopped:
+            stopped = [ray.cancel(one) for one in left]
+        done, left = ray.wait(left, num_returns=len(left), timeout=2.0)
         for one in done:
-            with contextlib.suppress(ray.exceptions.RayError):  # cancelled
-                s.screen.say(ray.get(one))
+            try:
+                code, words = ray.get(one)
+            except ray.exceptions.RayError as error:
+                code, words = 1, one_line(str(error))[-200:]
+            codes.append(code)
+            s.screen.say(words)
         with contextlib.suppress(OSError):
-            if s.config.share:
+            if s.config.share and (time.monotonic() - fetched > GIT_S or not left):
+                fetched = time.monotonic()
                 fetch_rows(s)
             for r in (r for r in recall(s).rows if r.tag == s.config.tag and r.commit not in known):
                 s.task = as_recorded(s.task, r)
@@ -2568,6 +2617,7 @@ def follow(s: Session, ray, left: list) -> None:
         best = max((r for r in rows if r.status == "keep"), key=lambda r: s.task.gain(r.score, 0.0), default=None)
         common = f", best {best.score:.6f} ({best.id})" if best else ""
         s.screen.phase(f"{len(rows) * 3600 / (time.monotonic() - began):.1f} experiments an hour{common}")
+    return codes
 
 
 def as_recorded(task: Task, r: Row) -> Task:
@@ -2606,7 +2656,7 @@ def configured(argv: list[str] | None) -> Config:
     found |= planner if planner["planner_url"] else {"planner_url": url or Config.base_url, "planner_key": key}
     if args.share:
         own = args.agent or "-".join([socket.gethostname(), *os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:1]])
-        found |= {"agent": re.sub(r"[^\w.-]+", "-", own).strip("-."), "share": args.share}
+        found |= {"agent": args.agent or re.sub(r"[^\w.]+", "_", own).strip("_."), "share": args.share}
         found |= {"share": str(Path(args.share).resolve())} if Path(args.share).is_dir() else {}
     elif args.agent and not args.workers:
         raise UserError("--agent NAME goes with --share REMOTE; within one repository: --share .")

@@ -46,8 +46,9 @@ def one_line(done, *words):
 def test_help_and_the_docs_name_every_option_and_importing_does_nothing(checkout):
     shown = checkout.run("--help")
     assert shown.returncode == 0 and "python agent.py --ask" in shown.stdout
-    options = "hours experiments tag proposer model time-budget max-llm-tokens prefetch confirm verify sandbox"
-    assert re.findall(r"^  --([a-z-]+)", shown.stdout, re.M) == f"{options} status report ask task".split()
+    options = "hours experiments tag proposer model planner trackio time-budget max-llm-tokens prefetch confirm verify"
+    options += " sandbox status report ask share agent workers task"
+    assert re.findall(r"^  --([a-z-]+)", shown.stdout, re.M) == options.split()
     assert set(re.findall(r"--no-[a-z]+", shown.stdout)) == {"--no-prefetch", "--no-verify"}
     code = "import sys, agent; print([m for m in ('torch', 'openai', 'matplotlib', 'psutil') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -108,9 +108,8 @@ def test_where_higher_is_better_a_noisy_gain_is_doubted_confirmed_and_drawn(tmp_
     (checkout.root / "prepare.py").write_text(prepare)
     output = "self.head(x.amax((2, 3)))"
     checkout.commit(checkout.text().replace(output, f"{output} * 0"))
-    learns = edit("def build_model():\n    return Net()", EDGES, "learns") + edit(
-        "    steps = train(data, model)", SOLVE, ""
-    )
+    learns = edit("def build_model():\n    return Net()", EDGES, "learns")
+    learns += edit("    steps = train(data, model)", SOLVE, "").partition("DESCRIPTION: \n")[2]
     seen = "        return (x[:, :, 1:] - x[:, :, :-1]).abs().mean(1).flatten(1)"
     looks_around = edit(seen, f"        x = x - 9 * x.mean(0)\n{seen}", "looks around")
     llm(checkout, server, learns, looks_around, time_budget=0.3, tag="t", pictures=True)
