@@ -2057,7 +2057,11 @@ def live(s: Session, state: State | None = None, trouble: str = "") -> None:
         if r:
             mine = [r for r in state.mine if r.session == s.began]
             hours = (time.monotonic() - s.since) / 3600
-            known = {s.task.metric: r.score, "best": state.bar, "keeps": sum(r.status == "keep" for r in state.search)}
+            known = {
+                s.task.metric: r.score,
+                "best": state.bar,
+                "keeps": sum(r.status == "keep" for r in candidates(state.search)),
+            }
             known |= {"gain": s.task.gain(state.bar, state.means[state.base.text])} if state.best and state.base else {}
             known |= {"crashes": sum(r.status == "crash" for r in mine), "experiments_per_hour": len(mine) / hours}
             known |= {"tokens": s.tokens + (s.planner.tokens if s.planner else 0)}

@@ -112,7 +112,8 @@ def test_agents_at_once_train_nothing_twice_and_see_each_others_rows(pool, serve
     refs = pool.refs()
     assert len(refs) == 4 * number and not pool.refs("refs/autoresearch-claims/")  # all are settled
     messages = [pool.git("log", "-1", "--format=%B", ref) for ref in refs]
-    programs = [re.search("^Program: (.*)", m, re.M)[1] for m in messages if "\nProposer: llm" in m]
+    own = [m for m in messages if re.search("^Proposer: (llm|search)", m, re.M)]  # neither a baseline nor a peer's
+    programs = [re.search("^Program: (.*)", m, re.M)[1] for m in own]
     assert len(programs) == 3 * number == len(set(programs))
     pool.session("w0", experiments=1, time_budget=0.5)  # takes in what has come since
     assert len(pool.clone("w0").rows()) == 4 * number + 1
