@@ -1989,56 +1989,52 @@ def draw(state: State, path: Path) -> None:
 
 
 def grouped(task: Task, rows: list[Row], name: str, group_of: Callable[[Row], str]) -> str:
-    """A table of what came of candidates by group: with how many tries it found how much."""
-    lines, groups = (
-        [f"| {name} | tried | kept | crashed | best | gain | tokens |{'':\n<1}|" + " --- |" * 7],
-        defaultdict(list),
-    )
+    """A table of what came of candidates by group, with how many tries it found how much; empty where none has a group."""
+    groups, best = defaultdict(list), min if task.lower_is_better else max
     for r in rows:
         groups[group_of(r).replace("|", "/")].append(r)
+    groups.pop("", None)
+    lines = [f"| {name} | tried | kept | crashed | best | gain | tokens |", "|" + " --- |" * 7] if groups else []
     for group, members in sorted(groups.items(), key=lambda item: -len(item[1])):
         kept, crashed = ([r for r in members if r.status == status] for status in ("keep", "crash"))
         gain, tokens = sum(task.gain(r.score, r.bar) for r in kept), sum(r.llm_tokens or 0 for r in members)
-        best = (min if task.lower_is_better else max)((r.score for r in kept), default="-")
-        cells = group, len(members), len(kept), len(crashed), best, f"{gain:.4f}", f"{tokens:,}"
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        cells = len(members), len(kept), len(crashed), best((r.score for r in kept), default="-")
+        lines.append("| " + " | ".join(map(str, (group, *cells, f"{gain:.4f}", f"{tokens:,}"))) + " |")
     return "\n".join(lines)
-
-
-def taken_over(task: Task, rows: list[Row]) -> list[str]:
-    """The lineage across agents: which keep was run again by whom, and whether it held."""
-    held = {"keep": "held", "discard": "did not hold"}
-    return [f"* {r.peer} by {shared_line(task, r)}: {held.get(r.status, r.status)}" for r in rows if r.peer]
 
 
 def report(s: Session, state: State) -> str:
     """What the record says of a search; writes it to runs/<tag>/report.md, with the picture."""
-    rows, tables = candidates(state.history), []
-    tables += [grouped(s.task, rows, "proposer", lambda r: r.model if r.proposer == "llm" else r.proposer)]
-    tables += [grouped(s.task, rows, "role", lambda r: r.role)]
-    tables += [grouped(s.task, rows, "brief (git show NAME)", lambda r: r.brief[:10])]
+    rows, task, came = candidates(state.history), s.task, {"keep": "held", "discard": "did not hold"}
     about = lambda r: ", ".join(sorted({*re.findall(r"\b[A-Z][A-Z0-9_]+\b", r.description)})) or "code"  # noqa: E731
     gained = {about(r) for r in rows if r.status == "keep"}
-    tables += [grouped(s.task, [r for r in rows if about(r) not in gained], "changed, and never kept", about)]
-    if any(r.agent for r in rows):
-        tables += [grouped(s.task, rows, "agent", lambda r: f"{r.tag} {r.agent}")]
-        tables += [grouped(s.task, rows, "device", lambda r: r.conditions.removeprefix(f"{r.terms}, "))]
-        tables += [
-            "\n".join(["Taken over from other agents, and what came of it here:", "", *taken_over(s.task, rows)])
-        ]
-        odd = sum(r.terms == s.task.terms for r in state.rows) - len(state.history) + len(state.offers[1])
-        tables += [f"Not believed: {odd} scores of others, and {len(s.ignored)} refs {sorted(s.ignored)[:9]}"]
+    groups = {
+        "proposer": lambda r: r.model if r.proposer == "llm" else r.proposer,
+        "role": lambda r: r.role,
+        "brief (git show NAME)": lambda r: r.brief[:10],
+        "idea": lambda r: r.idea,
+        "agent": lambda r: r.agent and f"{r.tag} {r.agent}",
+        "device of agents": lambda r: r.agent and r.conditions.removeprefix(f"{r.terms}, ")[:60],
+        "changed, and never kept": lambda r: "" if about(r) in gained else about(r),
+    }
+    tables = [grouped(task, rows, name, group_of) for name, group_of in groups.items()]
+    tables += [f"* {r.peer} was run again as {shared_line(task, r)}: {came.get(r.status)}" for r in rows if r.peer]
     odd = [r for r in candidates(state.mine) if r.instead or r.score is None]
-    odd = grouped(s.task, odd, "anomaly", lambda r: f"search: {r.instead}" if r.instead else f"{r.status}: {r.reason}")
-    tables += [grouped(s.task, ideas, "idea", lambda r: r.idea)] if (ideas := [r for r in rows if r.idea]) else []
-    refused = f"{sum(r.refused or 0 for r in state.mine)} replies were refused before training."
-    refused += f" Notes took a planner {sum(r.planner_tokens or 0 for r in state.mine):,} tokens." * bool(
-        s.config.planner
-    )
+    odd = grouped(task, odd, "anomaly", lambda r: f"search: {r.instead}" if r.instead else f"{r.status}: {r.reason}")
+    told = f"{sum(r.refused or 0 for r in state.mine)} replies were refused before training."
+    if planned := sum(r.planner_tokens or 0 for r in state.mine):
+        told += f" Notes took a planner {planned:,} tokens."
+    if (
+        doubted := sum(r.terms == task.terms for r in state.rows)
+        - len(state.history)
+        + len(state.offers[1])
+        + len(s.ignored)
+    ):
+        told += f" Not believed: {doubted} rows of others {sorted(s.ignored)[:9]}."
     keeps = "\n".join(f"* {row_line(s.task, r)}, `{r.commit[:7]}`" for r in state.search if r.status == "keep")
     parts = [f"# {s.branch}", summary(s, state).replace("\n", "\n\n"), "![progress](progress.png)"]
     parts += ["## Keeps: id, score, gain on what it had to beat as the search saw it, what it was", keeps]
-    parts += ["## What was tried, on all branches that compare", *tables, "## Anomalies", refused, odd]
+    parts += ["## What was tried, on all branches that compare", *filter(None, tables), "## Anomalies", told, odd]
     s.runs.mkdir(parents=True, exist_ok=True)
     write_whole(s.runs / "report.md", text := "\n\n".join(parts) + "\n")
     if s.config.pictures and state.best:
@@ -2057,11 +2053,8 @@ def live(s: Session, state: State | None = None, trouble: str = "") -> None:
         if r:
             mine = [r for r in state.mine if r.session == s.began]
             hours = (time.monotonic() - s.since) / 3600
-            known = {
-                s.task.metric: r.score,
-                "best": state.bar,
-                "keeps": sum(r.status == "keep" for r in candidates(state.search)),
-            }
+            keeps = sum(r.status == "keep" for r in candidates(state.search))
+            known = {s.task.metric: r.score, "best": state.bar, "keeps": keeps}
             known |= {"gain": s.task.gain(state.bar, state.means[state.base.text])} if state.best and state.base else {}
             known |= {"crashes": sum(r.status == "crash" for r in mine), "experiments_per_hour": len(mine) / hours}
             known |= {"tokens": s.tokens + (s.planner.tokens if s.planner else 0)}

@@ -1,11 +1,16 @@
 """Literature, a planner beside the worker, a live page: each off unless asked for."""
 
 import json
+import os
 import re
+import shutil
+import signal
 import sqlite3
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -158,3 +163,20 @@ def test_what_stops_a_night_is_an_alert_and_a_page_that_fails_costs_a_line(check
     (tmp_path / "file").write_text("in the way")
     done, _ = page(checkout, tmp_path / "file", "--experiments", "2")
     assert done.returncode == 0 and len(checkout.rows()) == 3 and "page" in done.stdout, done
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_page(checkout, tmp_path):
+    if not (browser := shutil.which("chromium")):
+        pytest.skip("no chromium")
+    done, pages = page(checkout, tmp_path, "--experiments", "3", "--confirm", "never")
+    env = {**os.environ, "TRACKIO_DIR": str(pages), "PYTHONUNBUFFERED": "1"}
+    command = [str(Path(sys.executable).parent / "trackio"), "show", "--project", "night"]
+    shown = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        url = next(found[0] for line in shown.stdout if (found := re.search(r"http://127[^\s\x1b]+", line)))
+        look = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=15000", "--dump-dom"]
+        seen = subprocess.run([*look, url], capture_output=True, text=True, timeout=100).stdout
+    finally:
+        os.killpg(shown.pid, signal.SIGKILL)
+    assert all(name in seen for name in ("val_bpb", "best", "gain", "experiments_per_hour", "crashes", "tokens"))
