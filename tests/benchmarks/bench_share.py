@@ -27,7 +27,7 @@ from conftest import Checkout, Server, commit_all, make_checkout, reply  # noqa:
 
 import agent  # noqa: E402
 
-IDEAS, BUDGET_S = 200, 10.0
+IDEAS, BUDGET_S = 200, 20.0
 
 
 def pool(folder: Path) -> tuple[Path, Checkout]:
@@ -79,7 +79,7 @@ def full(number: int) -> None:
         bare, first = pool(Path(folder))
         first.session(tag="loop", experiments=2)
         fill(first, number + 2, "{0:04d}-p{1}")
-        first.git("push", "-q", bare, "refs/autoresearch/loop/*-p*:refs/autoresearch/loop/*-p*")
+        first.git("push", "-q", bare, "refs/autoresearch/loop/*:refs/autoresearch/loop/*")
         mine = clone(bare, "mine", first.cache)
         config = mine.config(share=str(bare), agent="mine", tag="loop", base_url=server.url)
         s = agent.Session(config, agent.read_task(config), agent.Screen(), "")
@@ -103,7 +103,7 @@ def full(number: int) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--seconds", type=float, default=150.0, metavar="S", help="of each session (150)")
+    p.add_argument("--seconds", type=float, default=240.0, metavar="S", help="of each session (240)")
     p.add_argument("--agents", type=int, nargs="*", default=[1, 2, 4, 8], metavar="N", help="(1 2 4 8)")
     p.add_argument("--rows", type=int, nargs="*", default=[300, 10_000], metavar="N", help="(300 10000)")
     args = p.parse_args()
