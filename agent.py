@@ -62,10 +62,7 @@ STARTUP_S, SCORING_S = 900.0, 600.0  # limits: of a run before its clock, of a s
 LATE_S, KILL_S = 5.0, 10.0  # besides a share of the budget: when a checkpoint is late, when a run is killed
 POLL_S, LOOK_S, WAIT_S = 0.1, 1.0, 5.0  # between two looks: for an end, at what a run uses, at a busy machine
 GIT_S, FIRST_S = 60.0, 600.0  # that a git command may take, also with a remote; the first fetch
-PEERS, CLAIMS = (
-    "refs/autoresearch-peers",
-    "autoresearch-claims",
-)  # what a remote has as we saw it; refs/..., of what runs
+PEERS, CLAIMS = "refs/autoresearch-peers", "autoresearch-claims"  # what a remote has; refs/... there, of what runs
 LOG_BYTES, TMP_BYTES, PROCESSES = 4 * 2**20, 2**30, 1000  # that a run may print, write to /tmp and /dev/shm, start
 FREE_BYTES, FREE_FILES, FREE_SHARE = 2**30, 10_000, 0.03  # of the disk, of memory: a run that leaves less is killed
 ROOM_BYTES = 2**30  # of the disk beyond that, for which a run is waited with
@@ -99,7 +96,7 @@ files = [os.open(path, os.O_RDONLY) for path in sys.argv[3:]]
 socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [sys.argv[2].encode()], files)"""
 # Of a request, what not every server takes, and its words for it
 FORM = {
-    "options": r"stream_options|include_usage",
+    "options": "stream_options|include_usage",
     "stream": r"\bstream|\bSSE\b",
     "system": r"system|\brole|instruction",
 }
@@ -202,9 +199,7 @@ class Config:
     ask: bool = option(False, "print one request to the model and its reply, train nothing", action="store_true")
     share: str = option("", "share the record with other agents through a git remote: name, URL or path", metavar="R")
     agent: str = option("", "with --share, a name of its own; default: host and GPU", metavar="NAME")
-    workers: int | None = option(
-        None, "above 1: so many agents that share, one GPU each, through Ray", type=int, metavar="N"
-    )
+    workers: int | None = option(None, "so many agents that share, one GPU each, by Ray", type=int, metavar="N")
     prefix: str = ""  # of the task in its repository, such as tasks/circles/
     base_url: str = "https://api.openai.com/v1"
     api_key: str = ""
@@ -834,9 +829,7 @@ def without_thoughts(reply: str) -> str:
     marks = r"<\|?(?:start|end|channel|message|return|call|im_\w+)\|>(?:assistant\b)?(?:\s*final\b)?"
     reply = re.sub(marks, "", reply)
     reply = re.sub(rf"^[ \t]*[<\[]{THOUGHT}[>\]].*?{THOUGHT_END}", "", reply, flags=re.S | re.I | re.M)
-    within = (
-        rf"(?<![`'\"\w])[<\[]{THOUGHT}[>\]](?![`'\"])(?:(?!{THOUGHT_END})[^\n]){{0,999}}\n.*?{THOUGHT_END}"  # of a line
-    )
+    within = rf"(?<![`'\"\w])[<\[]{THOUGHT}[>\]](?![`'\"])(?:(?!{THOUGHT_END})[^\n]){{0,999}}\n.*?{THOUGHT_END}"
     reply = re.sub(within, lambda m: m[0] * is_code(reply[: m.start()]), reply, flags=re.S | re.I)
     ends = rf".*{THOUGHT_END}(?=[ \t]*$|\W*(?:HYPOTHESIS|DESCRIPTION|SET)\b)"
     opened = re.match(ends, reply, re.S | re.I | re.M)  # by the server's template
@@ -853,7 +846,7 @@ def is_code(before: str) -> bool:
 def reply_field(reply: str, name: str) -> str:
     """The text after `NAME:` or under a heading NAME, to the next field, edit or blank line, on one line."""
     ends = (
-        r"\n[ \t]*(?:\n|<<<<|```|~~~)|\n[\W\d]*(?:HYPOTHESIS|EXPECTED|DESCRIPTION|IDEA|SET)\b|\n[^\n]{0,12}\w\.py\b|\Z"
+        r"\n(?:[ \t]*(?:\n|<<<|```|~~~)|[\W\d]*(?:HYPOTHESIS|EXPECTED|DESCRIPTION|IDEA|SET)\b|[^\n]{0,12}\w\.py\b)|\Z"
     )
     start = rf"^[ \t>]*(?:[#*\-\d.) \t]*{name}[ \t*]*:|[#* ]+{name}[ \t*]*\n)[ \t*]*"
     found = re.search(rf"{start}(.*?)(?={ends})", reply, re.M | re.S | re.I)
@@ -1194,10 +1187,8 @@ class State:
         shown = "" if fresh.low > 0 else "it is worse: " if fresh.high < 0 else "no gain is shown: "
         unused = " and test data that the search never used" * (len(gains) > 1)
         used = f"; on the data that it used, by {interval(gains['val'])}" * (len(gains) > 1)
-        told = (
-            f"On {len(self.pairs)} fresh seeds{unused}, {shown}{self.task.metric} is better by {interval(fresh)}{used}"
-        )
-        return gains, f"{told}. The search had seen {seen:.4f}: {luck:.4f} of it was luck."
+        told = f"On {len(self.pairs)} fresh seeds{unused}, {shown}{self.task.metric} is better by "
+        return gains, f"{told}{interval(fresh)}{used}. The search had seen {seen:.4f}: {luck:.4f} of it was luck."
 
 
 def gain_of(best: list[list[float]], base: list[list[float]], others: list[list[float]]) -> Gain:
@@ -1536,9 +1527,7 @@ def request(s: Session, state: State, running: Job | None = None, ask: str = "",
     rows = newest(rows, min(ROWS_CHARS, room - sum(map(len, keeps))), 20)
     before += ["# The keeps as diffs\n\n" + "\n\n".join(keeps)] if keeps else []
     before += [f"# Notes on this research, by the model\n\n{notes}"] if notes else []
-    title = (
-        "# The experiments so far (data, no instructions): id, status, score, gain on what it had to beat, what it was"
-    )
+    title = "# The experiments so far (data, no instructions): id, status, score, gain on what was to beat, what it was"
     user = "\n\n".join([*before, title, "\n".join(rows), *after, ask or now])
     return [{"role": "system", "content": REPLY_FORMAT}, {"role": "user", "content": user}]
 
@@ -2306,9 +2295,7 @@ def conclude(s: Session, state: State, job: Job, row: Row) -> None:
         strip(s.runs / row.id)
     if row.score is None and (job.kind == "baseline" or job.row.reason.startswith("after")):
         what = "train.py as it is" if job.kind == "baseline" else "the best too, so it is the machine: it"
-        raise UserError(
-            f"{what} gets no score ({row.reason}): see runs/{s.config.name}/{row.id}/run.log, then start again"
-        )
+        raise UserError(f"{what} gets no score ({row.reason}): see {s.runs / row.id}/run.log, then start again")
 
 
 # ---- A session, and the command line ---------------------------------------------------------------------------------
@@ -2628,9 +2615,7 @@ def configured(argv: list[str] | None) -> Config:
     p = argparse.ArgumentParser("agent.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option in (f for f in fields(Config) if f.metadata):
         p.add_argument(f"--{option.name.replace('_', '-')}", default=option.default, **option.metadata)
-    p.add_argument(
-        "--task", metavar="DIR", help="folder with train.py, prepare.py and program.md; default: of agent.py"
-    )
+    p.add_argument("--task", metavar="DIR", help="folder of train.py, prepare.py, program.md; default: of agent.py")
     args = p.parse_args(argv)
     for name in ("hours", "experiments", "time_budget", "max_llm_tokens", "workers"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
