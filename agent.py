@@ -95,11 +95,7 @@ SEND_FILES = """import os, socket, sys
 files = [os.open(path, os.O_RDONLY) for path in sys.argv[3:]]
 socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [sys.argv[2].encode()], files)"""
 # Of a request, what not every server takes, and its words for it
-FORM = {
-    "options": "stream_options|include_usage",
-    "stream": r"\bstream|\bSSE\b",
-    "system": r"system|\brole|instruction",
-}
+FORM = {"options": "stream_opt|include_usage", "stream": r"\bstream|\bSSE\b", "system": r"system|\brole|instruction"}
 UNPROTECTED = "What the model writes runs with your rights: it can read your files, use the network, leave processes."
 WAYS_ON = "Set OPENAI_API_KEY, or OPENAI_BASE_URL (with /v1) for a local server, or use no model: --proposer search"
 BOOTTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # a clock that goes on while the machine sleeps
@@ -845,11 +841,9 @@ def is_code(before: str) -> bool:
 
 def reply_field(reply: str, name: str) -> str:
     """The text after `NAME:` or under a heading NAME, to the next field, edit or blank line, on one line."""
-    ends = (
-        r"\n(?:[ \t]*(?:\n|<<<|```|~~~)|[\W\d]*(?:HYPOTHESIS|EXPECTED|DESCRIPTION|IDEA|SET)\b|[^\n]{0,12}\w\.py\b)|\Z"
-    )
+    ends = r"\n(?:[ \t]*(?:\n|<<<|```|~~~)|[\W\d]*(?:HYPOTHESIS|EXPECTED|DESCRIPTION|IDEA|SET)\b|[^\n]{0,12}\w\.py\b)"
     start = rf"^[ \t>]*(?:[#*\-\d.) \t]*{name}[ \t*]*:|[#* ]+{name}[ \t*]*\n)[ \t*]*"
-    found = re.search(rf"{start}(.*?)(?={ends})", reply, re.M | re.S | re.I)
+    found = re.search(rf"{start}(.*?)(?={ends}|\Z)", reply, re.M | re.S | re.I)
     return one_line(found[1]) if found else ""
 
 
@@ -1113,11 +1107,9 @@ class State:
 
     @cached_property
     def tried(self) -> dict[str, Row]:
-        """The experiments by program_key()."""
+        """The experiments by program_key(); without what other devices kept."""
         known = {r.program: r for r in self.history if r.status != "verify"}
-        return {
-            program: r for program, r in known.items() if r.status != "keep" or r.conditions == self.task.conditions
-        }
+        return {key: r for key, r in known.items() if r.status != "keep" or r.conditions == self.task.conditions}
 
     @cached_property
     def offers(self) -> tuple[list[Row], list[Row]]:
