@@ -330,7 +330,6 @@ class Session:
     task: Task
     screen: Screen
     began: str  # its name in the rows that it makes
-    since: float = field(default_factory=time.monotonic)
     bwrap: str = ""  # the program that makes the sandbox; empty: there is none
     gpu_mb: float = 0.0  # in use at the start, by a desktop, or the model's server
     known: dict[str, Row | None] = field(default_factory=dict)  # rows by commit: they never change
@@ -346,7 +345,6 @@ class Session:
     asked: Future | None = None  # the next proposal
     planner: Session | None = None  # the same for another model, that writes the notes
     page: object | None = None  # of Trackio
-    paged: str = ""  # the last row that is on it
     exchanged: Future | None = None  # the push and fetch that go on
     remote: threading.Lock = field(default_factory=threading.Lock)  # one thread at a time speaks to it
     away: str = ""  # why it could not be reached last
@@ -2023,44 +2021,34 @@ def report(s: Session, state: State) -> str:
     return text
 
 
-def live(s: Session, state: State | None = None, trouble: str = "") -> None:
-    """Tell the page of --trackio the last row, or what stopped the session; a tracker that fails costs a line."""
-    r = state.mine[-1] if state and state.mine else None
-    if not s.page or not (r or trouble) or r and (r.session != s.began or r.id == s.paged):
+def live(s: Session, trouble: str = "") -> None:
+    """Open --trackio's page; then tell it the last row, or what stopped the session. One that fails costs a line."""
+    if not s.config.trackio or trouble and not s.page:
         return
     try:
         import trackio
 
-        if r:
-            mine = [r for r in state.mine if r.session == s.began]
-            hours = (time.monotonic() - s.since) / 3600
-            keeps = sum(r.status == "keep" for r in candidates(state.search))
+        if not s.page:
+            told = {"conditions": s.task.conditions, "model": s.config.model or s.config.proposer, "branch": s.branch}
+            how = {"config": told, "auto_log_cpu": False, "auto_log_gpu": False}
+            s.page = trackio.init(s.config.trackio, f"{s.config.name} {s.began}", **how)
+        if trouble:
+            return s.page.alert("stopped", trouble, level=trackio.AlertLevel.ERROR)
+        state = recall(s)
+        if mine := [r for r in state.mine if r.session == s.began]:
+            r, keeps = mine[-1], sum(r.status == "keep" for r in candidates(state.search))
+            hours = (time.time() - datetime.fromisoformat(s.began.split()[0]).timestamp()) / 3600
             known = {s.task.metric: r.score, "best": state.bar, "keeps": keeps}
             known |= {"gain": s.task.gain(state.bar, state.means[state.base.text])} if state.best and state.base else {}
             known |= {"crashes": sum(r.status == "crash" for r in mine), "experiments_per_hour": len(mine) / hours}
             known |= {"tokens": s.tokens + (s.planner.tokens if s.planner else 0)}
             s.page.log({name: value for name, value in known.items() if value is not None}, step=r.number)
-            s.paged = r.id
-        if trouble or r.status == "keep" and r.proposer != "baseline":
-            level = trackio.AlertLevel.ERROR if trouble else trackio.AlertLevel.INFO
-            s.page.alert("stopped" if trouble else "keep", trouble or row_line(s.task, r), level=level)
+            if r.status == "keep" and r.proposer != "baseline":
+                s.page.alert("keep", row_line(s.task, r), level=trackio.AlertLevel.INFO)
+    except ImportError:
+        raise UserError("--trackio needs Trackio: pip install -e '.[live]'") from None
     except Exception as error:  # whatever a package of others raises
         s.screen.say(f"      not on the page ({type(error).__name__}: {one_line(str(error))[:150]})")
-
-
-def open_page(s: Session) -> None:
-    """One run of --trackio's project for this session. Raises UserError where the package is not installed."""
-    if s.config.trackio:
-        try:
-            import trackio
-
-            how = {"auto_log_cpu": False, "auto_log_gpu": False}
-            told = {"conditions": s.task.conditions, "model": s.config.model or s.config.proposer, "branch": s.branch}
-            s.page = trackio.init(s.config.trackio, f"{s.config.name} {s.began}", config=told, **how)
-        except ImportError:
-            raise UserError("--trackio needs Trackio: pip install -e '.[live]'") from None
-        except Exception as error:  # whatever a package of others raises
-            s.screen.say(f"      no page ({type(error).__name__}: {one_line(str(error))[:150]})")
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
@@ -2073,7 +2061,6 @@ def loop(s: Session) -> None:
         try:
             state = settle(s, recall(s))
             s.screen.standing = standing(state)
-            live(s, state)
             if (job := next_job(s, state)) is None:
                 return
             if job.kind == "candidate" and (job := candidate(s, state)) is None:
@@ -2081,6 +2068,7 @@ def loop(s: Session) -> None:
             job, result = run(s, state, job)
             row = judge(s, state, job, result)
             record(s, row, job.text)
+            live(s)
             conclude(s, state, job, row)
             errors = 0
         except (Over, UserError):
@@ -2409,7 +2397,7 @@ def begin(s: Session, resumed: bool) -> None:
         if folder.resolve() != (s.runs / "best").resolve() and folder.name != (state.best and state.best.id):
             strip(folder)
     find_sandbox(s)
-    open_page(s)
+    live(s)
     if s.config.proposer != "search":
         s.elsewhere = not is_local(s.config) if s.config.prefetch is None else s.config.prefetch
         s.model = find_model(s.config)
@@ -2449,7 +2437,7 @@ def session(config: Config) -> int:
             s.screen.say(f"      {end}; an experiment that was under way leaves no row")
         except UserError as error:
             s.screen.say(f"      {error}")
-            live(s, trouble=str(error))
+            live(s, str(error))
             raise
         finally:
             finish(s)
@@ -2465,7 +2453,6 @@ def finish(s: Session) -> None:
         state = recall(s)
         if made := sum(r.session == s.began for r in state.mine):  # else there is nothing new to say
             settle(s, state)
-            live(s, state)
             spent = f", {s.tokens:,} tokens of {s.model}" * bool(s.tokens)
             spent += f", {s.planner.tokens:,} of {s.planner.model}" if s.planner else ""
             s.screen.say(f"{made} row{'s' * (made > 1)} in this session{spent}. {summary(s, state)}")
