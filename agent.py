@@ -824,17 +824,13 @@ def without_thoughts(reply: str) -> str:
     reply = re.sub(marks, "", reply)
     reply = re.sub(rf"^[ \t]*[<\[]{THOUGHT}[>\]].*?{THOUGHT_END}", "", reply, flags=re.S | re.I | re.M)
     within = rf"(?<![`'\"\w])[<\[]{THOUGHT}[>\]](?![`'\"])(?:(?!{THOUGHT_END})[^\n]){{0,999}}\n.*?{THOUGHT_END}"
-    reply = re.sub(within, lambda m: m[0] * is_code(reply[: m.start()]), reply, flags=re.S | re.I)
+    code = lambda text: text.count("```") % 2 > 0 or text.count(" SEARCH\n") > text.count(">> REPLACE")  # noqa: E731
+    reply = re.sub(within, lambda m: m[0] * code(reply[: m.start()]), reply, flags=re.S | re.I)  # there it may stay
     ends = rf".*{THOUGHT_END}(?=[ \t]*$|\W*(?:HYPOTHESIS|DESCRIPTION|SET)\b)"
     opened = re.match(ends, reply, re.S | re.I | re.M)  # by the server's template
     if opened and re.search(r"^\W*(DESCRIPTION|SET|<<<<|```)", reply[opened.end() :], re.M):
         reply = reply[opened.end() :]
     return re.sub(rf"\A\s*[<\[]{THOUGHT}[>\]].*", "", reply, flags=re.S | re.I)
-
-
-def is_code(before: str) -> bool:
-    """Whether what follows in a reply is inside a fence or a block."""
-    return before.count("```") % 2 > 0 or before.count(" SEARCH\n") > before.count(">> REPLACE")
 
 
 def reply_field(reply: str, name: str) -> str:
@@ -1004,11 +1000,6 @@ def candidates(rows: tuple[Row, ...]) -> list[Row]:
     """What was proposed, each by its last verdict: a confirmation stands for what it confirms."""
     found = {(r.tag, r.repeats or r.id): r for r in rows if r.status != "verify" and r.proposer != "baseline"}
     return list(found.values())
-
-
-def last_while(rows: list[Row], condition: Callable[[Row], bool]) -> int:
-    """How many of the last rows in a row are so."""
-    return sum(1 for _ in itertools.takewhile(condition, reversed(rows)))
 
 
 def squares(groups: list[list[float]]) -> tuple[float, int]:
@@ -1579,7 +1570,7 @@ def brief_of(s: Session, state: State, ahead: bool) -> tuple[str, tuple[str, str
         turns[kind.lower()].append((name.strip()[:30], text.strip() if kind else text))
     turn = sum(r.proposer == "llm" or bool(r.instead) for r in done) + ahead
     role = turns["role"][turn % len(turns["role"])] if turns["role"] else ("generalist", "")
-    missed = last_while(done, lambda r: r.status != "keep")
+    missed = len([*itertools.takewhile(lambda r: r.status != "keep", reversed(done))])
     stuck = turns["stuck"][missed % len(turns["stuck"])][1] if turns["stuck"] and missed >= STUCK_ROWS else ""
     stuck = {f"Nothing was kept for {missed} experiments": stuck}
     return "".join(text for _, text in turns[""]), role, stuck
@@ -2085,7 +2076,7 @@ def next_job(s: Session, state: State) -> Job | None:
         return Job("baseline", state.text, Row("baseline", proposer="baseline"))
     tried = {r.seed: r for r in state.mine if r.text == best.text}
     seed = next(seed for seed in itertools.count(CONFIRM_SEED) if seed not in {*tried, *VERIFY_SEEDS})
-    if (crashes := last_while(state.mine, lambda r: r.score is None)) >= 3:
+    if (crashes := len([*itertools.takewhile(lambda r: r.score is None, reversed(state.mine))])) >= 3:
         return again(s, "repeat", best, seed, f"after {crashes} runs without a score")
     if doubtful:
         if len(state.runs[best.text]) < 2 and CONFIRM_SEED not in tried:
