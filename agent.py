@@ -234,6 +234,7 @@ class Task:
 
     @property
     def terms(self) -> str:
+        """Of the conditions all but the device: what makes rows part of one history."""
         return self.conditions.rpartition(", ")[0]
 
     def gain(self, new: float, old: float) -> float:
@@ -303,15 +304,8 @@ class Row:
     def agent(self) -> str:
         return self.id.partition("-")[2]
 
-    @property
-    def search(self) -> str:
-        """The name of the search that it belongs to: its tag, with its agent."""
-        return f"{self.tag}-{self.agent}" if self.agent else self.tag
-
-    @property
-    def terms(self) -> str:
-        """Of its conditions all but the device: what makes it part of one history."""
-        return self.conditions.rpartition(", ")[0]
+    search = Config.name  # that it belongs to
+    terms = Task.terms
 
 
 TRAILERS = {f.name: f.name.replace("_", "-").title() for f in fields(Row)[5:]}
