@@ -2255,16 +2255,15 @@ def conclude(s: Session, state: State, job: Job, row: Row) -> None:
 # ---- A session, and the command line ---------------------------------------------------------------------------------
 
 
-def open_checkout(config: Config) -> tuple[Config, bool]:
-    """The config with its tag, and whether the tag's branch is checked out. Raises UserError."""
-    for name in ("train.py", "prepare.py"):
-        try:
-            git(config, "cat-file", "blob", f"HEAD:./{name}")
-        except OSError as error:
-            start = "git init && git add -A && git commit -m start"
-            raise UserError(f"{config.root / name} is not committed ({error}). In a new folder: {start}") from None
+def open_checkout(config: Config) -> Config:
+    """The config with its tag, and its folder's place in the repository. Raises UserError."""
+    try:
+        prefix, *_ = git(config, "rev-parse", "--show-prefix", "HEAD:./train.py", "HEAD:./prepare.py").split("\n")
+    except OSError as error:
+        start = "git init && git add -A && git commit -m start"
+        raise UserError(f"{config.root} is not committed ({error}). In a new folder: {start}") from None
     head = git(config, "symbolic-ref", "-q", "--short", "HEAD", default="")
-    current, prefix = head.removeprefix("autoresearch/"), git(config, "rev-parse", "--show-prefix")
+    current = head.removeprefix("autoresearch/")
     today = re.sub(r"\W+", "-", f"{Path(prefix).name}-{datetime.now():%b%d}".lower()).strip("-")
     tag = config.tag or (current.removesuffix(f"-{config.agent}" * bool(config.agent)) if current != head else today)
     for option, name in {"tag": tag, "agent": config.agent or "-"}.items():
@@ -2272,8 +2271,7 @@ def open_checkout(config: Config) -> tuple[Config, bool]:
             raise UserError(f"--{option} {name}: use letters, digits, - and _, and not just data")
     if "-" in config.agent:
         raise UserError(f"--agent {config.agent}: no - in it, please; {config.agent.replace('-', '_')} will do")
-    config = replace(config, tag=tag, prefix=prefix)
-    return config, head == f"autoresearch/{config.name}"
+    return replace(config, tag=tag, prefix=prefix)
 
 
 def read_task(config: Config) -> Task | None:
@@ -2301,9 +2299,9 @@ def read_task(config: Config) -> Task | None:
     return replace(task, conditions=f"{better}, {data}, {task.budget_s:g} s of training, {device}")
 
 
-def opened(config: Config) -> tuple[Session, bool]:
-    """A session on this checkout, and whether its branch is checked out already. Raises UserError."""
-    config, resumed = open_checkout(config)
+def opened(config: Config) -> Session:
+    """A session on this checkout. Raises UserError."""
+    config = open_checkout(config)
     if not (task := read_task(config)):
         (config.root / "runs").mkdir(exist_ok=True)
         write_whole(config.root / "runs" / ".gitignore", "*\n")
@@ -2323,12 +2321,13 @@ def opened(config: Config) -> tuple[Session, bool]:
     if config.verify is None:
         long = max(VERIFY_HOURS * 3600, 48 * task.budget_s) <= hours_s < math.inf
         config = replace(config, verify=long and task.noise > 0)
-    return Session(config, task, Screen(time.monotonic() + hours_s), f"{now()} {secrets.token_hex(4)}"), resumed
+    return Session(config, task, Screen(time.monotonic() + hours_s), f"{now()} {secrets.token_hex(4)}")
 
 
-def may_begin(s: Session, state: State, resumed: bool, exists: str) -> None:
+def may_begin(s: Session, state: State, exists: str) -> None:
     """Raise UserError where the branch, the record or the machine are not such that a session can begin."""
     other, last = "--tag NAME", state.mine[-1:]
+    resumed = git(s.config, "symbolic-ref", "-q", "--short", "HEAD", default="") == s.branch
     if exists and not resumed and (last or exists != git(s.config, "rev-parse", "HEAD")):
         raise UserError(f"{s.branch} exists. To go on with it: git checkout {s.branch}. To begin another: {other}")
     ids = git(s.config, "for-each-ref", "--format=%(refname:lstrip=3)", f"refs/autoresearch/{s.config.tag}/").split()
@@ -2355,7 +2354,7 @@ def may_begin(s: Session, state: State, resumed: bool, exists: str) -> None:
         raise UserError(f"{why}, then start again")
 
 
-def begin(s: Session, resumed: bool) -> None:
+def begin(s: Session) -> None:
     """Everything before the first turn: the sandbox, the model's first proposal, the branch. Raises UserError, Over."""
     if s.config.share:
         fetched = awaited(s, asking(lambda: fetch_rows(s, FIRST_S)), f"fetching from {s.config.share}")
@@ -2363,7 +2362,7 @@ def begin(s: Session, resumed: bool) -> None:
             fetched.result()
     state, branch, s.gpu_mb = recall(s), f"refs/heads/{s.branch}", gpu()[1]
     exists = git(s.config, "rev-parse", "-q", "--verify", branch, default="")
-    may_begin(s, state, resumed, exists)
+    may_begin(s, state, exists)
     s.runs.mkdir(parents=True, exist_ok=True)
     s.screen.log = s.runs / "session.log"
     remove(s.runs / "next.md")  # this and more of a session that was killed
@@ -2394,7 +2393,7 @@ def begin(s: Session, resumed: bool) -> None:
 
 def session(config: Config) -> int:
     """One start of agent.py; returns the exit status. One at a time in a checkout, and on a tag: the locks go with it."""
-    s, resumed = opened(config)
+    s = opened(config)
     here, common = git(s.config, "rev-parse", "--absolute-git-dir", "--git-common-dir").split("\n")
     free = {f"{here}/autoresearch.lock": "in this checkout already"}
     free |= {f"{s.config.root / common}/autoresearch-{s.config.name}.lock": f"on {s.branch}. For another: --tag NAME"}
@@ -2405,7 +2404,7 @@ def session(config: Config) -> int:
             except BlockingIOError:
                 raise UserError(f"a session is running {where}") from None
         try:
-            begin(s, resumed)
+            begin(s)
             loop(s)
         except Over as end:
             s.screen.say(f"      {end}; an experiment that was under way leaves no row")
@@ -2440,7 +2439,7 @@ def finish(s: Session) -> None:
 
 def show(config: Config) -> int:
     """Print the essence, or the report, of the record of --tag, the checkout's tag, or else the last."""
-    named, (config, _) = config.tag, open_checkout(config)
+    named, config = config.tag, open_checkout(config)
     s = Session(config, read_task(config) or Task(Path(), "score", noise=math.nan), Screen(), "")
     if config.share:
         fetch_rows(s, FIRST_S)
@@ -2459,7 +2458,7 @@ def show(config: Config) -> int:
 
 def show_request(config: Config) -> int:
     """Print one whole request and the reply to it; train nothing. Raises NoReply, also where it does not apply."""
-    s, _ = opened(config)
+    s = opened(config)
     s.model, state = find_model(config), recall(s)
     row = converse(s, lambda: request(s, state), Path("/dev/stdout"), state.text, state.tried, tries=1)
     print(f"\nThe reply of {s.model}, {s.tokens} tokens in all, applies: {row.description}")
@@ -2502,7 +2501,7 @@ def crew(config: Config) -> int:
         import ray
     except ImportError:
         raise UserError("--workers needs Ray: pip install -e '.[ray]'") from None
-    name, (config, _) = config.agent or socket.gethostname(), open_checkout(replace(config, agent=""))
+    name, config = config.agent or socket.gethostname(), open_checkout(replace(config, agent=""))
     top, commit = git(config, "rev-parse", "--show-toplevel", "HEAD").split("\n")
     address, script = os.environ.get("RAY_ADDRESS", "local"), Path(__file__).resolve()
     if address != "local" and not config.share:
