@@ -2051,8 +2051,8 @@ def loop(s: Session) -> None:
             errors += 1
             if errors > (100 if isinstance(error, OSError) else 3):  # a full disk, or a lock, may last
                 raise
-            with contextlib.suppress(OSError), open(s.runs / "errors.log", "a", encoding="utf-8") as file:
-                file.write(f"{now()}\n{''.join(traceback.format_exception(error))}\n")
+            told = {"role": now(), "content": "".join(traceback.format_exception(error))}
+            keep_exchange(s.runs / "errors.log", [told])
             s.screen.say(f"      {type(error).__name__}: {one_line(str(error))[:200]}; trying again")
             s.pause(WAIT_S * min(4 ** (errors - 1), 24), "waiting after an error")
 
@@ -2278,9 +2278,8 @@ def read_task(config: Config) -> Task | None:
     """The task that prepare.py made last, on this machine's hardware; None where there is none. Raises UserError."""
     folder, judge = config.cache / (read_text(config.cache / "current").strip() or "none"), config.root / "prepare.py"
     meta, own = read_facts(folder / "meta.json"), config.cache.is_relative_to(config.root)
-    if not meta or meta.get("format", META_FORMAT) != META_FORMAT:
-        return None
-    if own and judge.stat().st_mtime > (folder / "meta.json").stat().st_mtime:  # what it makes may be another by now
+    stale = own and meta and judge.stat().st_mtime > (folder / "meta.json").stat().st_mtime  # what it makes may differ
+    if stale or not meta or meta.get("format", META_FORMAT) != META_FORMAT:
         return None
     found = {f.name: tuple(v) if isinstance(v := meta[f.name], list) else v for f in fields(Task) if f.name in meta}
     task = Task(**found | {"folder": folder})
@@ -2572,7 +2571,8 @@ def configured(argv: list[str] | None) -> Config:
     for name in ("hours", "experiments", "time_budget", "max_llm_tokens", "workers"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be a positive number")
-    key, url = (os.environ.get(f"OPENAI_{name}", "").strip() for name in ("API_KEY", "BASE_URL"))
+    names = "API_KEY BASE_URL MODEL PLANNER_API_KEY PLANNER_BASE_URL".split()
+    key, url, model, planner_key, planner_url = (os.environ.get(f"OPENAI_{name}", "").strip() for name in names)
     alone = args.verify and not (args.hours or args.experiments)  # nothing but the verification
     needless = args.status or args.report or args.proposer == "search" or alone
     if not (key or url) and (args.ask or not needless):
@@ -2582,22 +2582,20 @@ def configured(argv: list[str] | None) -> Config:
     if url and not re.match(r"https?://([^/@\s]+@)?([\w.\-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/|$)", url):
         raise UserError(f"OPENAI_BASE_URL={url} is no URL; it looks like http://localhost:8000/v1")
     cache, here = os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch", Path(__file__).parent
-    found = vars(args) | {"model": args.model or os.environ.get("OPENAI_MODEL", "").strip(), "api_key": key}
+    found = vars(args) | {"model": args.model or model, "api_key": key, "base_url": url or Config.base_url}
+    found |= {"planner_url": planner_url or found["base_url"], "planner_key": planner_key if planner_url else key}
     found |= {"experiments": 0, "proposer": "search"} if alone else {}
     root = Path(found.pop("task") or here).expanduser().resolve()
-    names = {"planner_url": "OPENAI_PLANNER_BASE_URL", "planner_key": "OPENAI_PLANNER_API_KEY"}
-    planner = {name: os.environ.get(variable, "").strip() for name, variable in names.items()}
-    found |= planner if planner["planner_url"] else {"planner_url": url or Config.base_url, "planner_key": key}
     if args.share:
         own = args.agent or "-".join([socket.gethostname(), *os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:1]])
-        found |= {"agent": args.agent or re.sub(r"[^\w.]+", "_", own).strip("_."), "share": args.share}
-        found |= {"share": str(Path(args.share).resolve())} if Path(args.share).is_dir() else {}
+        share = str(Path(args.share).resolve()) if Path(args.share).is_dir() else args.share
+        found |= {"agent": args.agent or re.sub(r"[^\w.]+", "_", own).strip("_."), "share": share}
     elif args.agent and not args.workers:
         raise UserError("--agent NAME goes with --share REMOTE; within one repository: --share .")
     if lacking := [name for name in ("prepare.py", "program.md") if not (root / name).is_file()]:
         raise UserError(f"{root} has no {lacking[0]}: a task is a folder with train.py, prepare.py and program.md")
     cache = root / "runs" / "data" if root != here.resolve() else Path(cache).expanduser().resolve()
-    return Config(root, cache, base_url=url or Config.base_url, **found)
+    return Config(root, cache, **found)
 
 
 def stop(*_: object) -> None:
