@@ -58,7 +58,6 @@ BROKE_A_RULE = 3  # exit status of a run or a scorer that found the model dishon
 SEED, CONFIRM_SEED = 42, 43  # of every candidate's first run, of its confirmation
 VERIFY_SEEDS, VERIFY_HOURS = (101, 102, 103), 4.0  # used by nothing else; sessions of this length end with them
 REPEAT_S, REPEAT_RUNS = 7200.0, 24  # after this long, and so many budgets, the best runs again
-STARTUP_S, SCORING_S = 900.0, 600.0  # limits: of a run before its clock, of a scorer
 LATE_S, KILL_S = 5.0, 10.0  # besides a share of the budget: when a checkpoint is late, when a run is killed
 POLL_S, LOOK_S, WAIT_S = 0.1, 1.0, 5.0  # between two looks: for an end, at what a run uses, at a busy machine
 GIT_S, FIRST_S = 60.0, 600.0  # that a git command may take, also with a remote; the first fetch
@@ -69,7 +68,6 @@ ROOM_BYTES = 2**30  # of the disk beyond that, for which a run is waited with
 REPAIR_TRIES, USELESS = 2, 20  # a crash goes back to its model; useless replies before the search proposes
 OUTAGE_S, REPLY_S = 180.0, 900.0  # of failures before that; that one reply may take
 LIMITS = ("max_tokens", 32_000), ("max_completion_tokens", 32_000), ("max_tokens", 8_000), ("max_tokens", 2_000)
-REQUEST_CHARS = 120_000  # that a request may have at first; LIMITS: of a reply, one after another as they are refused
 STUCK_ROWS, NOTES_ROWS = 8, 10  # without a keep before the question changes; between two notes of the model
 DIFF_CHARS, DIFFS_CHARS, ROWS_CHARS = 4_000, 12_000, 44_000  # that a request shows of one diff, of all keeps', of rows
 MAX_TEXT, MAX_LITERAL = 100_000, 4_000  # characters of a train.py, of one of its strings
@@ -78,7 +76,6 @@ STATUSES = ("keep", "discard", "crash", "invalid", "maybe", "verify")
 NO_CODE = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)  # what parsing odd text raises
 NO_SERVER = (ValueError, AttributeError, TypeError, ImportError, OSError)  # what odd answers, proxies, keys raise
 FILES = ("train.py", "program.md")  # what a row's commit has of its own
-LARGE = ("checkpoint.pt", "run-cache", "score-cache", "work")  # what only the best's folder keeps, and none at last
 GIT = "git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c core.fsync=all -c user.name=autoresearch".split()
 GIT += "-c user.email=autoresearch@localhost -c commit.gpgSign=false -c gc.auto=0 --no-optional-locks".split()
 PASSED_ENV = "PATH LANG LC_ALL LD_LIBRARY_PATH CC CXX OMP_NUM_THREADS CUDA_HOME CUDA_VISIBLE_DEVICES".split()
@@ -227,7 +224,7 @@ class Task:
     judged: dict = field(default_factory=lambda: {"val": []})  # by split, files that only the scorer gets; val chooses
     required: tuple[str, ...] = ("main",)  # what train.py must define or call
     max_digits: int = 10**9  # that its numbers and strings may have in all, where a table of them would be the result
-    startup_s: float = STARTUP_S  # that a run may take before its clock starts
+    startup_s: float = 900.0  # that a run may take before its clock starts
     plausible: tuple[float, ...] = (-math.inf, math.inf)  # between which a score is one
     suspicious: float = 0.05  # a gain of more than this share of what is to be beaten is not believed at once
     conditions: str = ""  # what must be the same for scores to compare, in words; at last the device
@@ -330,8 +327,8 @@ class Session:
     stood: str = ""  # where the branch was left
     model: str = ""  # its name; what follows is what this session has come to know of it and its server
     elsewhere: bool = False  # it computes on another machine: the next proposal is asked for while one trains
-    chars: int = REQUEST_CHARS  # that a request may have
-    limits: tuple = LIMITS  # of a reply's length that the server has not refused yet
+    chars: int = 120_000  # that a request may have
+    limits: tuple = LIMITS  # of a reply's length, tried one after another as the server refuses them
     without: tuple[str, ...] = ()  # what of FORM the server does not take
     slowest_s: float = 0.0  # of its replies; 0: none yet
     heard: int = 0  # bytes of the reply in flight that have come
@@ -1363,7 +1360,7 @@ def score(s: Session, folder: Path, split: str) -> Result:
     """The scorer's verdict on a folder's checkpoint; it knows a secret that the run did not."""
     name, secret = f"score{'' if split == 'val' else f'-{split}'}.json", secrets.token_hex()
     args = [str(s.config.root / "prepare.py"), "score", ".", "--split", split]
-    how = args, (120.0, SCORING_S), secret, s.task.judged.get(split, ()), (name,)
+    how = args, (120.0, 600.0), secret, s.task.judged.get(split, ()), (name,)
     status, reason, _, facts = attempt(s, folder / "score.log", *how)
     if read_facts(s.task.folder / "meta.json").get("fingerprint", "") != s.task.fingerprint:
         raise UserError("the data were prepared anew while the session ran. Start again")
@@ -1461,7 +1458,7 @@ def remove(path: Path) -> None:
 
 def strip(folder: Path) -> None:
     """Delete what is large in a run's folder, and the link best/ where it is given as that."""
-    for name in LARGE:
+    for name in ("checkpoint.pt", "run-cache", "score-cache", "work"):
         remove(folder / name)
     if folder.is_symlink():
         folder.unlink()
