@@ -242,9 +242,7 @@ class Task:
 CHECKS = {  # what must hold of a task, by what of meta.json says it
     "metric": lambda task: re.fullmatch(r"\w+", task.metric),
     "judged": lambda task: "val" in task.judged,
-    "handed, judged": lambda task: all(
-        (task.folder / name).is_file() for names in (task.handed, *task.judged.values()) for name in names
-    ),
+    "handed, judged": lambda t: all((t.folder / n).is_file() for n in [*t.handed, *sum(t.judged.values(), [])]),
     "budget_s, startup_s": lambda task: 0 < min(task.budget_s, task.startup_s),
     "noise, suspicious": lambda task: 0 <= min(task.noise, task.suspicious) <= max(task.noise, task.suspicious) < 1e9,
     "plausible": lambda task: task.plausible[0] < task.plausible[1],
@@ -361,11 +359,6 @@ class Session:
     @property
     def left_s(self) -> float:
         return self.screen.deadline - time.monotonic()
-
-    @property
-    def reply_s(self) -> float:
-        """How long one reply may take: long, and longer for a model that is known to take its time."""
-        return max(REPLY_S, 3 * self.slowest_s)
 
     def pause(self, seconds: float, why: str = "", overtime_s: float = 0.0) -> None:
         """Wait, and say on the live line what for: every wait of the loop comes by here. Raises Over."""
@@ -1639,12 +1632,12 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
     messages = [m | {"content": m["content"].encode("utf-8", "replace").decode()} for m in messages]
     how = {} if "stream" in s.without else {"stream": True}
     how |= {"stream_options": {"include_usage": True}} if how and "options" not in s.without else {}
-    began, s.heard = time.monotonic(), 0
+    began, s.heard, limit_s = time.monotonic(), 0, max(REPLY_S, 3 * s.slowest_s)  # longer for one that takes its time
     try:
-        with client(s.config, s.reply_s) as asking:
+        with client(s.config, limit_s) as asking:
             asked = asking.chat.completions.with_streaming_response
             with asked.create(model=s.model, messages=messages, **how, **dict(s.limits[:1])) as response:
-                answer = whole_answer(s, response)
+                answer = whole_answer(s, response, limit_s)
         choice = (answer.get("choices") or [{}])[0]
         error = choice.get("error") or answer.get("error")  # some answer 200 with it
         status = int(error["code"]) if isinstance(error, dict) and str(error.get("code")).isdigit() else 500
@@ -1667,7 +1660,7 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
     return Reply(text, choice.get("finish_reason") == "length", short)
 
 
-def whole_answer(s: Session, response) -> dict:
+def whole_answer(s: Session, response, limit_s: float) -> dict:
     """A server's answer as one object, whether it is one or a stream. Raises ValueError, TimeoutError."""
     body, message, found, began = bytearray(), defaultdict(str), {}, time.monotonic()
     for part in response.iter_bytes():
@@ -1675,8 +1668,8 @@ def whole_answer(s: Session, response) -> dict:
         s.heard = len(body)
         if body[-20:].rstrip().endswith(b"[DONE]"):  # some leave the connection open
             break
-        if time.monotonic() - began > s.reply_s:
-            raise TimeoutError(f"no answer within {s.reply_s:.0f} s")
+        if time.monotonic() - began > limit_s:
+            raise TimeoutError(f"no answer within {limit_s:.0f} s")
     events = [line[5:].strip() for line in body.split(b"\n") if line.startswith(b"data:")]
     if not events:
         return json.loads(body)
