@@ -1097,26 +1097,21 @@ class State:
                 (absurd if too_good else found).append((gain, r))
         return tuple([r for _, r in sorted(some, key=lambda offer: -offer[0])] for some in (found, absurd))
 
-    def doubt(self, confirm: str, score: float, shorter: bool) -> str:
-        """Why a candidate's score must be confirmed on a second seed before it counts; empty where it need not."""
-        gain, last = self.task.gain(score, self.bar), candidates(self.own)[-36:]
-        rare = len(last) == 36 and sum(r.status == "keep" for r in last) < 0.08 * 36
-        if self.task.noise and gain > self.task.suspicious * abs(self.bar):
-            return TOO_GOOD
-        if self.task.noise and gain > 0 and (confirm == "always" or confirm == "auto" and rare):
-            return "keeps are rare" if confirm == "auto" else "as --confirm asks for"
-        if self.task.noise and shorter and confirm != "never" and -math.sqrt(2) * self.noise.sd < gain <= 0:
-            return "shorter, and worse by no more than the noise"
-        return ""
-
     def verdict(self, confirm: str, job: Job, score: float, shorter: bool) -> tuple[str, str]:
         """(status, reason) of a run with a score. A keep is strictly better than what the best is worth."""
         if job.kind in ("repeat", "verification"):
             return "verify", job.row.reason
         if self.best is None:
             return "keep", ""
-        if job.kind == "candidate" and (why := self.doubt(confirm, score, shorter)):
-            return "maybe", why
+        gain, last = self.task.gain(score, self.bar), candidates(self.own)[-36:]
+        rare = len(last) == 36 and sum(r.status == "keep" for r in last) < 0.08 * 36
+        if job.kind == "candidate" and self.task.noise:  # what must be confirmed on a second seed before it counts
+            if gain > self.task.suspicious * abs(self.bar):
+                return "maybe", TOO_GOOD
+            if gain > 0 and (confirm == "always" or confirm == "auto" and rare):
+                return "maybe", "keeps are rare" if confirm == "auto" else "as --confirm asks for"
+            if gain <= 0 and shorter and confirm != "never" and gain > -math.sqrt(2) * self.noise.sd:
+                return "maybe", "shorter, and worse by no more than the noise"
         runs, reason = [score, *(self.runs.get(job.of.text, ()) if job.of else ())], ""
         if job.of:
             mean = f"mean of {len(runs)} runs" if len(runs) > 1 else "this run alone"

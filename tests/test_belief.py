@@ -74,7 +74,7 @@ def after(keeps, count=36):
 @pytest.mark.parametrize("task, sign", [(TASK, 1), (HIGHER, -1)])
 def test_what_must_run_on_a_second_seed(task, sign):
     def doubt(confirm, keeps, gain, shorter=False):
-        return state(*after(keeps), task=task).doubt(confirm, 1 - sign * gain, shorter)
+        return state(*after(keeps), task=task).verdict(confirm, agent.Job("candidate"), 1 - sign * gain, shorter)[1]
 
     assert doubt("auto", 2, 0.0005) == "keeps are rare" and doubt("never", 2, 0.0005) == ""
     assert doubt("always", 9, 0.0005) and not doubt("always", 9, 0.0)  # a tie gains nothing
@@ -85,7 +85,7 @@ def test_what_must_run_on_a_second_seed(task, sign):
 
 def test_keeps_are_rare_by_the_last_verdicts_of_36_candidates():
     def rare(*rows):
-        return state(*rows).doubt("auto", 0.96, False) == "keeps are rare"
+        return state(*rows).verdict("auto", agent.Job("candidate"), 0.96, False)[1] == "keeps are rare"
 
     maybe, repeat = row(38, status="maybe"), again(row(2), 39, 1.0)
     assert rare(*after(2)) and not rare(*after(3)) and not rare(*after(0, 35))

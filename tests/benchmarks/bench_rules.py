@@ -50,7 +50,8 @@ def below(deviations: float) -> Callable:
 
 
 MODES = {"greedy": "never", "today: auto": "auto", "always": "always"}
-RULES = {name: partial(lambda mode, state, score: state.doubt(mode, score, False), m) for name, m in MODES.items()}
+CANDIDATE = agent.Job("candidate")
+RULES = {n: partial(lambda m, state, score: state.verdict(m, CANDIDATE, score, False)[1], m) for n, m in MODES.items()}
 RULES |= {f"below {n:g} sd": below(n) for n in (1.0, 2.0)}
 
 
