@@ -413,14 +413,8 @@ def parse_row(commit: str, parent: str, text: str) -> Row | None:
         found = {name: PARSED[name](values[key]) for name, key in TRAILERS.items() if key in values}
         r = Row(one_line(description)[:200], one_line(hypothesis)[:1000], (), commit, parent, **found)
         whole = r.status != "keep" or r.score is not None and (r.bar is not None or r.proposer == "baseline")
-        if (
-            values.get("Format") == FORMAT
-            and re.fullmatch(r"\d{1,9}(-[\w.]+)?", r.id)
-            and r.status in STATUSES
-            and whole
-        ):
-            return r
-    return None
+        known = values.get("Format") == FORMAT and r.status in STATUSES and re.fullmatch(r"\d{1,9}(-[\w.]+)?", r.id)
+        return r if known and whole else None
 
 
 def recall(s: Session) -> State:
@@ -587,12 +581,8 @@ def fetch_rows(s: Session, limit_s: float = GIT_S) -> None:
 def push_rows(s: Session) -> None:
     """Push our rows and our branch where they are new, and remove our claims that are settled. Raises OSError."""
     branch, rows = f"refs/heads/{s.branch}", f"refs/autoresearch/{s.config.tag}/*-{s.config.agent}"
-    own, done, problem = (
-        git(s.config, "for-each-ref", rows, branch),
-        {r.program for r in [*s.known.values()] if r},
-        None,
-    )
-    push = "push -q --no-follow-tags --no-signed --recurse-submodules=no".split()
+    own, done = git(s.config, "for-each-ref", rows, branch), {r.program for r in [*s.known.values()] if r}
+    push, problem = "push -q --no-follow-tags --no-signed --recurse-submodules=no".split(), None
     with s.remote:
         if own != s.pushed and "refs/autoresearch/" in own:
             try:
@@ -2275,9 +2265,8 @@ def read_task(config: Config) -> Task | None:
         raise UserError(f"{folder / 'meta.json'} has no valid {names}: see Your own task in README.md, mend prepare.py")
     task = replace(task, budget_s=config.time_budget or task.budget_s)
     cpu = re.findall(r"^model name\s*: (.*)", read_text(Path("/proc/cpuinfo")), re.M) or [platform.machine()]
-    device = (
-        meta.get("device") == "cuda" and gpu()[0] or f"{cpu[0]} x {os.environ.get('OMP_NUM_THREADS') or os.cpu_count()}"
-    )
+    cores = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    device = meta.get("device") == "cuda" and gpu()[0] or f"{cpu[0]} x {cores}"
     better = f"{task.metric} ({'lower' if task.lower_is_better else 'higher'} is better), preset {task.preset}"
     data = f"data {meta.get('dataset', '-')} {task.fingerprint[:12]}"
     return replace(task, conditions=f"{better}, {data}, {task.budget_s:g} s of training, {device}")
