@@ -1950,15 +1950,10 @@ def report(s: Session, state: State) -> str:
     odd = [r for r in candidates(state.mine) if r.instead or r.score is None]
     odd = grouped(task, odd, "anomaly", lambda r: f"search: {r.instead}" if r.instead else f"{r.status}: {r.reason}")
     told = f"{sum(r.refused or 0 for r in state.mine)} replies were refused before training."
-    if planned := sum(r.planner_tokens or 0 for r in state.mine):
-        told += f" Notes took a planner {planned:,} tokens."
-    if (
-        doubted := sum(r.terms == task.terms for r in state.rows)
-        - len(state.history)
-        + len(state.offers[1])
-        + len(s.ignored)
-    ):
-        told += f" Not believed: {doubted} rows of others {sorted(s.ignored)[:9]}."
+    planned = sum(r.planner_tokens or 0 for r in state.mine)
+    doubted = sum(r.terms == task.terms for r in state.rows) - len(state.history) + len([*state.offers[1], *s.ignored])
+    told += f" Notes took a planner {planned:,} tokens." * (planned > 0)
+    told += f" Not believed: {doubted} rows of others {sorted(s.ignored)[:9]}." * (doubted > 0)
     keeps = "\n".join(f"* {row_line(s.task, r)}, `{r.commit[:7]}`" for r in state.search if r.status == "keep")
     parts = [f"# {s.branch}", summary(s, state).replace("\n", "\n\n"), "![progress](progress.png)"]
     parts += ["## Keeps: id, score, gain on what it had to beat as the search saw it, what it was", keeps]
