@@ -2469,12 +2469,12 @@ def crew(config: Config) -> int:
         import ray
     except ImportError:
         raise UserError("--workers needs Ray: pip install -e '.[ray]'") from None
-    name, config = config.agent or socket.gethostname(), open_checkout(replace(config, agent=""))
+    name, config = config.agent, open_checkout(replace(config, agent=""))
     top, commit = git(config, "rev-parse", "--show-toplevel", "HEAD").split("\n")
     address, script = os.environ.get("RAY_ADDRESS", "local"), Path(__file__).resolve()
     if address != "local" and not config.share:
         raise UserError("on a cluster the agents need a remote that all machines reach: --share REMOTE")
-    if changed := git(config, "status", "--porcelain", "--untracked-files=no", "--", "*.py", "program.md"):
+    if changed := git(config, "status", "--porcelain", "--", "train.py", "prepare.py", "program.md", script.name):
         raise UserError(f"the agents work in clones: commit {changed.split()[-1]} first")
     share = git(config, "remote", "get-url", config.share or top, default=config.share or top)
     s = Session(config, Task(Path()), Screen(), "")
@@ -2491,7 +2491,7 @@ def crew(config: Config) -> int:
     how = [(share, config.tag, f"{name}_{i}", commit, until, args, env) for i in range(config.workers)]
     codes = follow(s, ray, [task.remote(*one) for one in how])
     ray.shutdown()
-    return 130 if STOP.is_set() else min(codes, default=2)
+    return 130 if STOP.is_set() else 0 if 0 in codes else 2
 
 
 def follow(s: Session, ray, left: list) -> list[int]:
@@ -2555,11 +2555,11 @@ def configured(argv: list[str] | None) -> Config:
     found |= {"planner_url": planner_url or found["base_url"], "planner_key": planner_key if planner_url else key}
     found |= {"experiments": 0, "proposer": "search"} if alone else {}
     root = Path(found.pop("task") or here).expanduser().resolve()
-    if args.share:
+    if args.share or args.workers:
         own = args.agent or "-".join([socket.gethostname(), *os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:1]])
-        share = str(Path(args.share).resolve()) if Path(args.share).is_dir() else args.share
+        share = str(Path(args.share).resolve()) if args.share and Path(args.share).is_dir() else args.share
         found |= {"agent": args.agent or re.sub(r"[^\w.]+", "_", own).strip("_."), "share": share}
-    elif args.agent and not args.workers:
+    elif args.agent:
         raise UserError("--agent NAME goes with --share REMOTE; within one repository: --share .")
     if lacking := [name for name in ("prepare.py", "program.md") if not (root / name).is_file()]:
         raise UserError(f"{root} has no {lacking[0]}: a task is a folder with train.py, prepare.py and program.md")

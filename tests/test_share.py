@@ -1,7 +1,6 @@
 """Many agents, one record: rows by push and fetch, claims, adoption, and what a hostile or absent peer can do."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -406,21 +405,54 @@ def test_workers_without_ray_is_one_line(checkout, monkeypatch):
         agent.crew(checkout.config(workers=2))
 
 
+class Crew:
+    """agent.py --workers 2 as a process, by a Ray of its own; rows: what is recorded."""
+
+    def __init__(self, checkout, *args):
+        pytest.importorskip("ray")
+        usual = ("--workers", "2", "--proposer", "search", "--sandbox", "off", "--tag", "t", "--agent", "w")
+        command, self.checkout = checkout.command(*usual, "--confirm", "never", *args), checkout
+        env = checkout.env(PYTHONUNBUFFERED="1") | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, cwd=checkout.root, env=env, stdout=subprocess.PIPE, text=True)
+
+    def rows(self, least=0):
+        while len(found := [ref for ref in self.checkout.refs() if ref.startswith(ROWS)]) < least:
+            assert self.process.poll() is None, self.process.stdout.read()
+            time.sleep(0.2)
+        return found
+
+
 @pytest.mark.slow
 def test_two_workers_share_one_is_killed_and_started_again(checkout):
-    pytest.importorskip("ray")
-    args = ("--workers", "2", "--proposer", "search", "--sandbox", "off", "--tag", "t", "--agent", "w")
-    command = checkout.command(*args, "--experiments", "8", "--confirm", "never", "--time-budget", "2")
-    env = checkout.env(RAY_ADDRESS="local", PYTHONUNBUFFERED="1")
-    process = subprocess.Popen(command, cwd=checkout.root, env=env, stdout=subprocess.PIPE, text=True)
-    rows = lambda: [r for r in checkout.refs() if r.startswith(ROWS)]  # noqa: E731
-    while len(rows()) < 4:
-        assert process.poll() is None
-        time.sleep(0.5)
+    crew = Crew(checkout, "--experiments", "8", "--time-budget", "2")
+    crew.rows(4)
     victim = next(p for p in checkout.left_over() if "--agent" in p.cmdline() and "w_0" in p.cmdline())
     victim.kill()
-    output = process.communicate(timeout=200)[0]
-    names = [ref.rpartition("-")[2] for ref in rows()]
-    assert process.returncode == 0 and len(names) >= 16 and output.count("has ended") == 2, output
-    assert output.count("keep ") + output.count("discard ") >= 16
-    assert json.loads("[]") == checkout.left_over()
+    output = crew.process.communicate(timeout=200)[0]
+    names = [ref.rpartition("-")[2] for ref in crew.rows()]
+    assert crew.process.returncode == 0 and len(names) >= 16 and output.count("has ended") == 2, output
+    assert output.count("keep ") + output.count("discard ") >= 16 and checkout.left_over() == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_workers_and_what_was_made_is_recorded(checkout):
+    crew = Crew(checkout, "--time-budget", "2")
+    crew.rows(4)
+    crew.process.send_signal(signal.SIGINT)
+    output = crew.process.communicate(timeout=60)[0]
+    assert crew.process.returncode == 130 and output.count("-w_0  ") and output.count("-w_1  "), output
+    assert len(crew.rows()) >= 4 and checkout.left_over() == []
+    clones = [Checkout(path, checkout.cache) for path in (checkout.cache / "crew").glob("*-w_?")]
+    assert len(clones) == 2 and all(clone.git("status", "--porcelain", "-uno") == "M results.tsv" for clone in clones)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("args", [("--share", "nowhere"), ()])
+def test_workers_that_cannot_begin_are_exit_2(checkout, args):
+    pytest.importorskip("ray")
+    if not args:
+        (checkout.root / "program.md").write_text("Changed, and not committed.")
+    done = checkout.run("--workers", "2", "--proposer", "search", "--sandbox", "off", "--tag", "t", *args)
+    assert done.returncode == 2 and (
+        "does not appear to be a git" in done.stdout or "commit program.md first" in done.stderr
+    )
