@@ -305,7 +305,7 @@ class Row:
 
 TRAILERS = {f.name: f.name.replace("_", "-").title() for f in fields(Row)[5:]}
 PARSED = {"str": lambda text: one_line(text)[:4000], "int": lambda text: int(float(text)), "float": float}
-PARSED = {f.name: PARSED[f.type.split(" ")[0]] for f in fields(Row)[5:]}  # what a trailer's text says
+PARSED = {f.name: PARSED[f.type.split(" ")[0]] for f in fields(Row)[5:]} | {"held": str}  # what a trailer's text says
 
 
 STOP = threading.Event()  # set by Ctrl-C and SIGTERM
@@ -413,6 +413,7 @@ def parse_row(commit: str, parent: str, text: str) -> Row | None:
         found = {name: PARSED[name](values[key]) for name, key in TRAILERS.items() if key in values}
         r = Row(one_line(description)[:200], one_line(hypothesis)[:1000], (), commit, parent, **found)
         whole = r.status != "keep" or r.score is not None and (r.bar is not None or r.proposer == "baseline")
+        whole = whole and all(abs(value) < 1e100 for value in found.values() if isinstance(value, float))
         known = values.get("Format") == FORMAT and r.status in STATUSES and re.fullmatch(r"\d{1,9}(-[\w.]+)?", r.id)
         return r if known and whole else None
 
@@ -636,7 +637,7 @@ def of_others(s: Session) -> dict[str, Row]:
 def claim(s: Session, text: str) -> None:
     """Reserve a program, so that no other agent trains it. Raises EditError where one does, or has."""
     program = program_key(text)
-    if not s.config.share or s.config.ask or s.away or program in s.claimed:
+    if not s.config.share or s.config.ask or s.away or program in s.claimed and program not in of_others(s):
         return
     try:
         told = f"{s.config.agent}\n\n{s.began} {now()}"
@@ -776,16 +777,21 @@ SET = re.compile(r"^[ \t>*`\-\d.)]*SET[ \t]+`?([A-Za-z_]\w*)`?[ \t]*(?:=|:|to\b)
 FENCE = re.compile(r"^[ \t]*(```+|~~~+)[^\n`]*\n(.*?)^[ \t]*\1", re.M | re.S)
 # What looks like an edit, and is none of these: marks of patches and conflicts, tags, labels, SET in other dress, and a
 # constant without it
-ODD = r"```diff|[-<=>+]{3,} ?(?:search|replace|original|updated)\b|[<=>]{5,}|@@ .*@@|[-+]{3} \S|[-+] {4,}\S|&lt;&lt;"
+ODD = r"```diff|[-<=>+]{3,} ?(?:search|replace|original|updated)\b|[<=>]{5,}|@@ .*@@|[-+]{3} \S|-.*\n\+|&lt;&lt;"
 ODD += r"|</?(?:search|replace|old|new|edit|tool_call|function|invoke)\w*[ =>]|\*{3} ?(?:begin|update|end)"
-ODD += r"|\W*(?:search|find|replace|with|replace with|old|new|before|after):?\W*$"
-ODD += r"|(?-i:\W*(?:\w+: *)?SET\W)|\W*set[ \t]+\S+[ \t]*(?:=|:|to\b)"
-ODD += r"|[*`\-\d.) ]*(?-i:(?!EXPECTED|HYPOTHESIS|DESCRIPTION|IDEA)[A-Z][A-Z0-9_]+)[`*]*[ \t]*"
-ODD += r"(?:=(?!=)|(?::|->|\u2192)?[ \t]*[-+]?['\"\d.])"
+ODD += r"|(?:find|replace|with|replace with|old|new|before|after):[ \t]*$|\W+(?:search|replace)\W+$"
+ODD += r"|(?-i:\W*SET\W|.{0,20}\bSET[ \t]+[A-Z]\w*[ \t]*[=:])|\W*set[ \t]+\S+[ \t]*(?:=|:|to\b)"
+ODD += r"|[*`\-\d.) ]*(?-i:(?!EXPECTED|HYPOTHESIS|DESCRIPTION|IDEA|CONFIDENCE|RISK)[A-Z][A-Z0-9_]+)[`*]*[ \t]*"
+ODD += r"(?:=(?!=)|[-\d.]*[ \t]*(?::|->|[\u2190\u2192])[ \t]*[-+]?['\"\d.])|\w+[ \t]*=[ \t]*[-+\d.]+[ \t]*$"
+ODD += r"|\w+ (?-i:[A-Z][A-Z0-9_]+) from \S+ to \S"
 ODD = re.compile(rf"^[ \t>]*(?:{ODD}).*", re.M | re.I)
 THOUGHT = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
 THOUGHT_END = rf"[<\[]/{THOUGHT}[>\]]"
-CHOICE = "(?:option|alternative|variant|approach|version|idea|plan|experiment|proposal|candidate|choice)"
+CHOICE = "(?:option|alternative|variant|approach|version|idea|plan|proposal|candidate|choice)"
+# What the form has no edits in: a hypothesis may say of an earlier one
+TOLD = re.compile(
+    r"^\W*HYPOTHESIS\b(?:(?!\n[ \t]*\n|<<<|```|~~~|\nSET\b).)*?(?=\n\W*(?:EXPECTED|DESCRIPTION)\b)", re.M | re.S
+)
 
 
 def without_thoughts(reply: str) -> str:
@@ -824,7 +830,7 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
     found += [(m.start(), Edit("block", m[1], m[2])) for m in BLOCK.finditer(rest)]
     rest = BLOCK.sub(lambda m: " " * len(m[0]), rest)
     sets = [(m.start(), Edit("set", m[1], m[2])) for m in SET.finditer(rest)]
-    rest, names = SET.sub("", rest), [edit.old for _, edit in sets]
+    rest, names = TOLD.sub("", SET.sub("", rest)), [edit.old for _, edit in sets]
     fences = (m for m in FENCE.finditer(rest) if m[2].strip() and not re.search("DESCRIPTION|HYPOTHESIS", m[2]))
     if odd := ODD.search(rest) or next(fences, None):
         left = "is left out of a reply: send all edits as SET lines or SEARCH/REPLACE blocks"
@@ -833,7 +839,8 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
         raise EditError("This is the form, not an edit: name a constant of train.py and a number, or copy its lines.")
     choices = re.findall(rf"^[\W\d]*(?:{CHOICE} #?([a-d1-4]|one|two)\b|(first|second) {CHOICE})", rest.lower(), re.M)
     several = len(set(choices)) > 1 or len(re.findall(r"^\W*DESCRIPTION\b", rest, re.M | re.I)) > 1
-    if several or len(set(names)) < len(names) or files and len(found + sets) > 1:
+    twice = len(set(names)) < len({(edit.old, edit.new) for _, edit in sets})
+    if twice or len(found + sets) > 1 and (several or files):
         what = "alternatives, two values for one hyperparameter, or a whole file beside other edits"
         raise EditError(f"The reply offers {what}. One experiment tries one thing: send the better one only.")
     if not found + sets:
@@ -851,7 +858,8 @@ def parse_reply(reply: str) -> Row:
     sets = ", ".join(f"{edit.old} = {edit.new}" for edit in edits if edit.kind == "set")
     description = (reply_field(reply, "DESCRIPTION") or sets or hypothesis or "no description")[:80].strip()
     expected = re.search(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?", reply_field(reply, "EXPECTED").replace("\u2212", "-"))
-    idea, expected = reply_field(reply, "IDEA")[:80], float(expected[0]) if expected else None
+    idea, expected = re.search(r"\d{4}\.\d{4,5}", reply_field(reply, "IDEA")), float(expected[0]) if expected else None
+    idea = f"arXiv {idea[0]}" if idea else ""
     return Row(description, hypothesis, edits, proposer="llm", expected=expected, idea=idea)
 
 
@@ -1409,7 +1417,7 @@ def read_facts(path: Path) -> dict:
 def number(facts: dict, name: str) -> float | None:
     """A finite number out of facts that nobody vouches for."""
     value = facts.get(name)
-    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else None
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e100 else None
 
 
 def take(folder: Path, names: tuple[str, ...]) -> None:
@@ -1507,7 +1515,7 @@ def papers(s: Session, role: str) -> str:
     """
     import requests
 
-    path, searches = s.runs / "papers.json", re.findall(r"^search:[ \t]*(.+)", role, re.M)
+    path, searches = s.runs / "papers.json", re.findall(r"^[ \t*-]*search:[ \t]*(.+)", role, re.M | re.I)
     known = {"searched": [], "found": {}, "shown": []} | read_facts(path)
     where = os.environ.get("AUTORESEARCH_PAPERS_URL", "https://huggingface.co") + "/api/papers/search"
     for words in (words for words in searches if words not in known["searched"]):
@@ -1516,10 +1524,12 @@ def papers(s: Session, role: str) -> str:
                 answer.raise_for_status()
                 body = b"".join(itertools.islice(answer.iter_content(2**16), 64))  # 4 MB at most
             for paper in (one["paper"] for one in json.loads(body)):
-                told = [one_line(str(paper[part]))[:length] for part, length in (("title", 200), ("summary", 600))]
+                told = [
+                    one_line(str(paper.get(part) or "-"))[:most] for part, most in (("title", 200), ("summary", 600))
+                ]
                 known["found"].setdefault(one_line(str(paper["id"]))[:40], told)
             known["searched"].append(words)
-        except (requests.RequestException, *NO_SERVER, LookupError) as error:
+        except (requests.RequestException, *NO_SERVER, *NO_CODE, LookupError) as error:
             s.screen.say(f"      no papers for {words!r} ({one_line(str(error))[:200] or 'an odd answer'})")
             break
     new = [id for id in known["found"] if id not in known["shown"]][:5] if searches else []
@@ -1527,7 +1537,7 @@ def papers(s: Session, role: str) -> str:
         with contextlib.suppress(OSError):
             write_whole(path, json.dumps(known | {"shown": known["shown"] + new}, indent=1))
     head = "If your idea is from one of these, say so on a line `IDEA: arXiv ` and its number."
-    texts = (f"arXiv {id}: " + "\n".join(known["found"][id]) for id in new)
+    texts = (f"arXiv {id}: " + ": ".join(known["found"][id]) for id in new)
     return "\n\n".join([head, *texts] if new else [])
 
 
@@ -1680,9 +1690,13 @@ def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], 
     """A reply, waiting out short outages, with the request made as the server will have it. Raises NoReply."""
     since, wait_s, before, halved, sent, status = time.monotonic(), 0.5, (s.chars, s.without), 0, math.inf, 0
     while True:
-        messages, most = about() + lessons, s.config.max_llm_tokens
-        if most and s.tokens >= most:
-            raise NoReply(f"{s.tokens:,} tokens are spent, of {most:,} (--max-llm-tokens)")
+        messages, most, spent = (
+            about() + lessons,
+            s.config.max_llm_tokens,
+            s.tokens + (s.planner.tokens if s.planner else 0),
+        )
+        if most and spent >= most:
+            raise NoReply(f"{spent:,} tokens are spent, of {most:,} (--max-llm-tokens)")
         try:
             reply = ask_once(s, messages)
             s.chars = before[0] if status == 500 else s.chars  # it may have been the server's trouble, not the length
@@ -1989,9 +2003,9 @@ def live(s: Session, trouble: str = "") -> None:
             s.page.log({name: value for name, value in known.items() if value is not None}, step=r.number)
             if r.status == "keep" and r.proposer != "baseline":
                 s.page.alert("keep", row_line(s.task, r), level=trackio.AlertLevel.INFO)
-    except ImportError:
-        raise UserError("--trackio needs Trackio: pip install -e '.[live]'") from None
     except Exception as error:  # whatever a package of others raises
+        if isinstance(error, ImportError) and not s.page:
+            raise UserError("--trackio needs Trackio: pip install -e '.[live]'") from None
         s.screen.say(f"      not on the page ({type(error).__name__}: {one_line(str(error))[:150]})")
 
 
@@ -2188,7 +2202,8 @@ def repaired(s: Session, state: State, job: Job, result: Result) -> Job | None:
         return s.screen.say(f"      no repair from {s.model} ({error})")
     tokens = (found.llm_tokens or 0) + (row.llm_tokens or 0)
     text = apply_edits(job.text, found.edits, s.task.preset)
-    return job._replace(text=text, row=replace(found, role=row.role, llm_tokens=tokens))
+    same = {"role": row.role, "idea": found.idea or row.idea, "planner_tokens": row.planner_tokens}
+    return job._replace(text=text, row=replace(found, llm_tokens=tokens, **same))
 
 
 def judge(s: Session, state: State, job: Job, result: Result) -> Row:
@@ -2343,8 +2358,9 @@ def begin(s: Session) -> None:
         s.elsewhere = not is_local(s.config) if s.config.prefetch is None else s.config.prefetch
         s.model = find_model(s.config)
         if s.config.planner:
-            place = {"base_url": s.config.planner_url, "api_key": s.config.planner_key, "model": s.config.planner}
+            place = {"base_url": s.config.planner_url, "api_key": s.config.planner_key, "max_llm_tokens": None}
             s.planner = replace(s, config=replace(s.config, **place), model=s.config.planner)
+            s.elsewhere = s.elsewhere and (s.config.prefetch or not is_local(s.planner.config))
         if state.best or s.config.experiments != 1:
             s.asked = awaited(s, asking(lambda: propose(s, state)))
             try:
@@ -2376,9 +2392,9 @@ def session(config: Config) -> int:
             loop(s)
         except Over as end:
             s.screen.say(f"      {end}; an experiment that was under way leaves no row")
-        except UserError as error:
-            s.screen.say(f"      {error}")
-            live(s, str(error))
+        except Exception as error:
+            s.screen.say(f"      {one_line(str(error))}")
+            live(s, one_line(str(error)))
             raise
         finally:
             finish(s)
@@ -2552,7 +2568,10 @@ def configured(argv: list[str] | None) -> Config:
         raise UserError(f"OPENAI_BASE_URL={url} is no URL; it looks like http://localhost:8000/v1")
     cache, here = os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch", Path(__file__).parent
     found = vars(args) | {"model": args.model or model, "api_key": key, "base_url": url or Config.base_url}
-    found |= {"planner_url": planner_url or found["base_url"], "planner_key": planner_key if planner_url else key}
+    found |= {
+        "planner_url": planner_url or found["base_url"],
+        "planner_key": planner_key or ("" if planner_url else key),
+    }
     found |= {"experiments": 0, "proposer": "search"} if alone else {}
     root = Path(found.pop("task") or here).expanduser().resolve()
     if args.share or args.workers:

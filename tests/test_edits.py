@@ -171,6 +171,8 @@ OTHER_FORMS |= {
 OTHER_FORMS |= {
     f"SET after {dress!r}": f"{dress}DECAY = 0.3" for dress in ("**SET** ", "+ SET ", "\u2022 SET ", "Edit: SET ")
 }
+OTHER_FORMS |= {f"after {words!r}": f"{words} SET DECAY = 0.3" for words in ("- **Edit 1:**", "(2)", "a)", "Also")}
+OTHER_FORMS |= {"another arrow": "DECAY \u2190 0.3", "from to": "Change DECAY from 0.2 to 0.3", "small": "decay = 0.3"}
 OTHER_FORMS |= {"a tool": "<tool_call>\nstep = 7\n</tool_call>", "labels": "OLD:\n    step = 0\nNEW:\n    step = 7"}
 OTHER_FORMS |= {"in a list": "1. change:\n   ```python\n   rows = 7\n   ```", "bare": "-    step = 0\n+    step = 7"}
 
@@ -183,6 +185,30 @@ def test_an_edit_in_another_form_is_understood_or_goes_back_whole(form):
     except agent.EditError as error:
         words = [" ".join(line.strip("> `").split())[:12] for line in second.splitlines()]
         assert any(word and word in str(error) for word in words), error  # it says what was not understood
+
+
+PROSE = [
+    "TOTAL_BATCH 2048 to 1024 gives more.",
+    "RMS 1.0 scale",
+    "MLP 4x is wide",
+    "* RATE 0.03 was worse",
+    "RISK: 0.3",
+]
+PROSE += [
+    "1. Plan A is too costly.\n2. Plan B is good.",
+    "-    steps rise",
+    "with",
+    "Description of change: more",
+    "CONFIDENCE: 70%",
+]
+PROSE += ["SET RATE = 2.0"]  # once more the same
+
+
+@pytest.mark.parametrize("line", PROSE)
+def test_prose_that_looks_like_an_edit_is_none(line):
+    assert edited(f"SET RATE = 2.0\n{line}\n") == RATE_SET
+    wrapped = f"HYPOTHESIS: after\nDECAY = 0.3 and\nset too low, Change DECAY from 0.2 to 0.3\nit is\n- {line}\nDESCRIPTION: d\n"
+    assert agent.parse_reply(f"{wrapped}SET RATE = 2.0").edits[-1] == RATE_2
 
 
 REFUSED = {f"SET RATE = {v}": "plain Python literal" for v in ("2 * 3", "open('x')", "x", "{[1]: 2}", "(" * 5000)}

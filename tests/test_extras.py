@@ -83,7 +83,7 @@ def test_papers_are_shown_five_at_a_time_and_the_idea_names_its_own(checkout, se
 
 
 ODD = {"empty": [], "busy": (429, "slow down"), "broken": (500, "oops"), "a page": "<html>", "another": '{"error": 1}'}
-ODD |= {"huge": "[" + " " * 5_000_000 + "]", "no fields": [{"id": "1"}]}
+ODD |= {"huge": "[" + " " * 5_000_000 + "]", "no fields": [{"title": "1"}], "deep": "[" * 100_000}
 
 
 @pytest.mark.parametrize("what", ODD)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,8 +45,8 @@ def clone(bare: Path, name: str, cache: Path) -> Checkout:
     return Checkout(bare.parent / name, cache)
 
 
-def together(number: int, share: bool, seconds: float) -> tuple[int, int, float]:
-    """So many agents at once: experiments, different ones, the best score."""
+def together(number: int, share: bool, seconds: float) -> tuple[int, int, float, float]:
+    """So many agents at once: experiments, different ones, those of an hour by the rows' own times, the best score."""
     server, draw = Server(), random.Random(0)
     idea = lambda body: reply(f"SET RATE = {0.05 + 0.02 * draw.randrange(IDEAS):.2f}")  # noqa: E731
     server.script += [idea] * 100_000
@@ -60,16 +61,20 @@ def together(number: int, share: bool, seconds: float) -> tuple[int, int, float]
             env = one.env(OPENAI_BASE_URL=server.url)
             processes.append(subprocess.Popen(command, cwd=one.root, env=env, stdout=subprocess.DEVNULL))
         assert not any(process.wait() for process in processes)
-        rows, scores = {}, []
+        rows, scores, hourly = {}, [], 0.0
         for one in agents:
+            times = []
             for ref, commit in one.refs().items():
                 message = one.git("log", "-1", "--format=%B", commit)
                 program, score = (re.search(f"^{name}: (.*)", message, re.M)[1] for name in ("Program", "Score"))
                 scores.append(float(score))
+                times.append(datetime.fromisoformat(re.search("^Time: (.*)", message, re.M)[1]))
                 if "\nProposer: llm" in message:
                     rows[commit] = program
+            hourly += (len(times) - 1) * 3600 / (max(times) - min(times)).total_seconds()
     server.http.shutdown()
-    return len(rows), len(set(rows.values())), min(scores)
+    different = len(set(rows.values()))
+    return len(rows), different, hourly * different / len(rows), min(scores)
 
 
 def full(number: int) -> None:
@@ -113,10 +118,9 @@ def main() -> None:
     alone = 0
     for number in args.agents:
         for share in (True, False) if number > 1 else (False,):
-            rows, different, best = together(number, share, args.seconds)
-            alone = alone or different / number
-            hourly = different * 3600 / args.seconds
-            cells = number, "yes" if share else "no", rows, different, hourly, different / alone, best
+            rows, different, hourly, best = together(number, share, args.seconds)
+            alone = alone or hourly / number
+            cells = number, "yes" if share else "no", rows, different, hourly, hourly / alone, best
             print("{:6}  {:>6}  {:11}  {:9}  {:7.0f}  {:14.1f}  {:.4f}".format(*cells), flush=True)
     for number in args.rows:
         full(number)
