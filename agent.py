@@ -577,6 +577,8 @@ def fetch_rows(s: Session, limit_s: float = GIT_S) -> None:
                 del new[name]
         created = "".join(f"create refs/autoresearch/{name} {commit}\n" for name, commit in new.items())
         git(s.config, "update-ref", "--stdin", stdin=created)
+        if len(new) > 100:
+            git(s.config, "pack-refs", "--all")  # thousands of files are slow to list
 
 
 def push_rows(s: Session) -> None:

@@ -28,7 +28,7 @@ from conftest import Checkout, Server, commit_all, make_checkout, reply  # noqa:
 
 import agent  # noqa: E402
 
-IDEAS, BUDGET_S = 200, 20.0
+IDEAS, BUDGET_S, FULL_S = 200, 20.0, 3.0
 
 
 def pool(folder: Path) -> tuple[Path, Checkout]:
@@ -82,11 +82,12 @@ def full(number: int) -> None:
     server = Server()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         bare, first = pool(Path(folder))
-        first.session(tag="loop", experiments=2)
+        first.session(tag="loop", experiments=2, time_budget=FULL_S)
         fill(first, number + 2, "{0:04d}-p{1}")
         first.git("push", "-q", bare, "refs/autoresearch/loop/*:refs/autoresearch/loop/*")
         mine = clone(bare, "mine", first.cache)
-        config = mine.config(share=str(bare), agent="mine", tag="loop", base_url=server.url)
+        sharing = {"share": str(bare), "agent": "mine", "time_budget": FULL_S}
+        config = mine.config(tag="loop", base_url=server.url, **sharing)
         s = agent.Session(config, agent.read_task(config), agent.Screen(), "")
         took = []
         for step in (agent.fetch_rows, agent.fetch_rows):
@@ -95,7 +96,7 @@ def full(number: int) -> None:
             took.append(time.monotonic() - began)
         state = agent.recall(s)
         size = len(agent.request(s, state)[1]["content"])
-        own = session(mine, server, 1, share=str(bare), agent="mine")
+        own = session(mine, server, 1, **sharing, prefetch=True)  # as a model elsewhere is asked
         began = time.monotonic()
         s.pushed = ""
         agent.push_rows(s)
