@@ -453,6 +453,4 @@ def test_workers_that_cannot_begin_are_exit_2(checkout, args):
     if not args:
         (checkout.root / "program.md").write_text("Changed, and not committed.")
     done = checkout.run("--workers", "2", "--proposer", "search", "--sandbox", "off", "--tag", "t", *args)
-    assert done.returncode == 2 and (
-        "does not appear to be a git" in done.stdout or "commit program.md first" in done.stderr
-    )
+    assert done.returncode == 2 and ("does not exist" in done.stdout or "commit program.md first" in done.stderr)
