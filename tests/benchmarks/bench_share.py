@@ -64,7 +64,8 @@ def together(number: int, share: bool, seconds: float) -> tuple[int, int, float,
         rows, scores, hourly = {}, [], 0.0
         for one in agents:
             times = []
-            for ref, commit in one.refs().items():
+            own = {ref: commit for ref, commit in one.refs().items() if not share or ref.endswith(f"-{one.root.name}")}
+            for commit in own.values():
                 message = one.git("log", "-1", "--format=%B", commit)
                 program, score = (re.search(f"^{name}: (.*)", message, re.M)[1] for name in ("Program", "Score"))
                 scores.append(float(score))
