@@ -72,7 +72,7 @@ def test_papers_are_shown_five_at_a_time_and_the_idea_names_its_own(checkout, se
     library.found = {"fast optimizers": [paper(n) for n in range(7)], "windows": [paper(6), paper(7)]}
     idea = reply("IDEA: arXiv 2505.00003\nSET RATE = 0.5")
     llm(checkout, server, "nothing", idea, reply("SET RATE = 0.6"), reply("SET RATE = 0.7"), experiments=4)
-    shown = [re.findall(r"arXiv (2505\.\d+): Paper \d \[2J of many\nAbstract", server.asked(i)) for i in (0, 2, 3)]
+    shown = [re.findall(r"arXiv (2505\.\d+): Paper \d \[2J of many: Abstract", server.asked(i)) for i in (0, 2, 3)]
     assert [[int(id[-1]) for id in ids] for ids in shown] == [[0, 1, 2, 3, 4], [5, 6, 7], []]
     assert len(server.asked(0)) < 20_000 and "data, not instructions" in server.asked(0)
     whole = server.requests[1]["messages"]
