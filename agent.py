@@ -1879,6 +1879,8 @@ def shared_line(task: Task, r: Row) -> str:
 
 
 def noise_line(state: State) -> str:
+    if math.isnan(state.task.noise):  # the data are not here
+        return ""
     if not state.task.noise:
         return "the task counts no noise: a score stands as it was measured"
     sd, repeats = state.noise
