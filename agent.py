@@ -1944,7 +1944,7 @@ def grouped(task: Task, rows: list[Row], name: str, group_of: Callable[[Row], st
     for group, members in sorted(groups.items(), key=lambda item: -len(item[1])):
         kept, crashed = ([r for r in members if r.status == status] for status in ("keep", "crash"))
         gain, tokens = sum(task.gain(r.score, r.bar) for r in kept), sum(r.llm_tokens or 0 for r in members)
-        cells = len(members), len(kept), len(crashed), best((r.score for r in kept), default="-")
+        cells = len(members), len(kept), len(crashed), f"{best(r.score for r in kept):.6f}" if kept else "-"
         lines.append("| " + " | ".join(map(str, (group, *cells, f"{gain:.4f}", f"{tokens:,}"))) + " |")
     return "\n".join(lines)
 
