@@ -78,6 +78,7 @@ NO_SERVER = (ValueError, AttributeError, TypeError, ImportError, OSError)  # wha
 FILES = ("train.py", "program.md")  # what a row's commit has of its own
 GIT = "git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c core.fsync=all -c user.name=autoresearch".split()
 GIT += "-c user.email=autoresearch@localhost -c commit.gpgSign=false -c gc.auto=0 --no-optional-locks".split()
+PUSH = "push -q --no-follow-tags --no-signed --recurse-submodules=no".split()  # what is named, and nothing with it
 PASSED_ENV = "PATH LANG LC_ALL LD_LIBRARY_PATH CC CXX OMP_NUM_THREADS CUDA_HOME CUDA_VISIBLE_DEVICES".split()
 SYSTEM = """/usr /bin /sbin /lib /lib32 /lib64 /libx32 /opt /nix/store /gnu/store /sys /run/opengl-driver
     /etc/alternatives /etc/ld.so.cache /etc/ld.so.conf /etc/ld.so.conf.d /etc/localtime /etc/passwd /etc/group
@@ -299,6 +300,10 @@ class Row:
     def agent(self) -> str:
         return self.id.partition("-")[2]
 
+    @property
+    def device(self) -> str:
+        return self.conditions.removeprefix(f"{self.terms}, ")[:60]
+
     search = Config.name  # that it belongs to
     terms = Task.terms
 
@@ -352,9 +357,14 @@ class Session:
         return self.config.root / "runs" / self.config.name
 
     @property
-    def terms(self) -> str:
-        """A name for what must be the same for experiments to be repeats of each other."""
-        return hashlib.sha256(self.task.terms.encode()).hexdigest()[:12]
+    def claims_at(self) -> str:
+        """Where a remote has the claims of programs that would be repeats of ours: of the task's terms."""
+        return f"{CLAIMS}/{hashlib.sha256(self.task.terms.encode()).hexdigest()[:12]}"
+
+    @property
+    def spent(self) -> int:
+        """Tokens of the model and its planner."""
+        return self.tokens + (self.planner.tokens if self.planner else 0)
 
     @property
     def left_s(self) -> float:
@@ -398,6 +408,12 @@ def file_at(config: Config, commit: str) -> str:
     return git(config, "cat-file", "blob", f"{commit}:./train.py", raw=True)
 
 
+def refs_of(config: Config, *places: str) -> dict[str, str]:
+    """The objects that refs name, by ref; without refs whose names hold what git allows and no line can."""
+    listed = git(config, "for-each-ref", "--format=%(refname) %(objectname)", *places)
+    return dict(re.findall(r"^(\S+) (\w+)$", listed, re.M))
+
+
 def entries(config: Config, *args: str) -> dict[str, tuple[str, str]]:
     """Mode and blob of train.py and program.md, by git ls-tree of a commit, or ls-files -s of the index."""
     lines = (line.partition("\t") for line in git(config, *args, "--", *FILES).splitlines())
@@ -421,8 +437,7 @@ def parse_row(commit: str, parent: str, text: str) -> Row | None:
 def recall(s: Session) -> State:
     """What the refs say. Raises OSError where git cannot read them: git fsck tells more."""
     head, known = f"refs/heads/{s.branch}", s.known
-    listed = git(s.config, "for-each-ref", "--format=%(refname) %(objectname)", "refs/autoresearch/", head)
-    refs = dict(re.findall(r"^(\S+) (\w+)$", listed, re.M))
+    refs = refs_of(s.config, "refs/autoresearch/", head)
     tip = refs.pop(head, "") or git(s.config, "rev-parse", "HEAD")
     if new := {commit: ref for ref, commit in refs.items() if commit not in known}:
         form = ("-z", "--no-walk=unsorted", "--stdin", "--no-show-signature", "--format=%H%x01%P%x01%B")
@@ -557,10 +572,10 @@ def fetch_rows(s: Session, limit_s: float = GIT_S) -> None:
     """
     how = "-q --prune --no-tags --no-write-fetch-head --recurse-submodules=no".split()
     specs = [f"+refs/{name}/*:{PEERS}/{name}/*" for name in ("autoresearch", CLAIMS)]
-    form, places = "--format=%(refname) %(objectname)", ("refs/autoresearch/", f"{PEERS}/autoresearch/")
+    places = "refs/autoresearch/", f"{PEERS}/autoresearch/"
     with s.remote:
         git(s.config, "fetch", *how, s.config.share, *specs, limit_s=limit_s)
-        refs, new = dict(re.findall(r"^(\S+) (\w+)$", git(s.config, "for-each-ref", form, *places), re.M)), {}
+        refs, new = refs_of(s.config, *places), {}
         for ref, commit in refs.items():
             name = ref.removeprefix(places[1])
             known, whose = refs.get(places[0] + name), re.fullmatch(r"[\w.-]+/\d{1,9}-([\w.]+)", name)
@@ -585,22 +600,22 @@ def push_rows(s: Session) -> None:
     """Push our rows and our branch where they are new, and remove our claims that are settled. Raises OSError."""
     branch, rows = f"refs/heads/{s.branch}", f"refs/autoresearch/{s.config.tag}/*-{s.config.agent}"
     own, done = git(s.config, "for-each-ref", rows, branch), {r.program for r in [*s.known.values()] if r}
-    push, problem = "push -q --no-follow-tags --no-signed --recurse-submodules=no".split(), None
+    problem = None
     with s.remote:
         if own != s.pushed and "refs/autoresearch/" in own:
             try:
-                git(s.config, *push, s.config.share, f"+{branch}:{branch}", f"{rows}:{rows}")
+                git(s.config, *PUSH, s.config.share, f"+{branch}:{branch}", f"{rows}:{rows}")
                 s.pushed = own
             except OSError as error:  # some may have passed all the same
                 problem = error
         over = {
-            f"refs/{CLAIMS}/{s.terms}/{program}": commit
+            f"refs/{s.claims_at}/{program}": commit
             for program, (commit, name) in claims(s).items()
             if name == s.config.agent and (program in done or program not in s.claimed)
         }
         if over:
             leases = [f"--force-with-lease={ref}:{commit}" for ref, commit in over.items()]
-            git(s.config, *push, *leases, s.config.share, *(f":{ref}" for ref in over))
+            git(s.config, *PUSH, *leases, s.config.share, *(f":{ref}" for ref in over))
     if problem:
         raise problem
 
@@ -622,11 +637,11 @@ def exchange(s: Session, later_s: float = 0.0) -> None:
 def claims(s: Session) -> dict[str, tuple[str, str]]:
     """What was claimed when we last looked: by program the commit that claims it, and the agent's name."""
     form = "--format=%(refname:lstrip=4) %(objectname) %(contents:subject)"
-    lines = re.findall(r"^(\S+) (\w+) (.*)$", git(s.config, "for-each-ref", form, f"{PEERS}/{CLAIMS}/{s.terms}/"), re.M)
+    lines = re.findall(r"^(\S+) (\w+) (.*)$", git(s.config, "for-each-ref", form, f"{PEERS}/{s.claims_at}/"), re.M)
     return {program: (commit, one_line(name)[:60]) for program, commit, name in lines}
 
 
-def of_others(s: Session) -> dict[str, Row]:
+def claimed_by_others(s: Session) -> dict[str, Row]:
     """The programs that other agents train now, like State.tried; not those whose claim has been there for too long."""
     found = {}
     for program, (commit, name) in claims(s).items() if s.config.share else ():
@@ -639,19 +654,19 @@ def of_others(s: Session) -> dict[str, Row]:
 def claim(s: Session, text: str) -> None:
     """Reserve a program, so that no other agent trains it. Raises EditError where one does, or has."""
     program = program_key(text)
-    if not s.config.share or s.config.ask or s.away or program in s.claimed and program not in of_others(s):
+    if not s.config.share or s.config.ask or s.away or program in s.claimed and program not in claimed_by_others(s):
         return
     try:
         told = f"{s.config.agent}\n\n{s.began} {now()}"
         own = git(s.config, "commit-tree", git(s.config, "mktree"), stdin=told)
-        ref = f"refs/{CLAIMS}/{s.terms}/{program}"
+        ref = f"refs/{s.claims_at}/{program}"
         for _ in range(2):
-            if taken := of_others(s).get(program):
+            if taken := claimed_by_others(s).get(program):
                 raise EditError(f"this repeats an experiment {taken.id}: propose another.")
             try:
                 with s.remote:  # made where there is none, or where it is still the stale one
                     lease = f"--force-with-lease={ref}:{claims(s).get(program, ('', ''))[0]}"
-                    git(s.config, "push", "-q", lease, s.config.share, f"{own}:{ref}")
+                    git(s.config, *PUSH, lease, s.config.share, f"{own}:{ref}")
                 s.claimed.add(program)
                 break
             except OSError:  # another was faster
@@ -986,6 +1001,11 @@ def candidates(rows: tuple[Row, ...]) -> list[Row]:
     return list(found.values())
 
 
+def last_while(rows: list[Row], condition: Callable[[Row], bool]) -> int:
+    """How many of the last rows in a row are so."""
+    return sum(1 for _ in itertools.takewhile(condition, reversed(rows)))
+
+
 def squares(groups: list[list[float]]) -> tuple[float, int]:
     """The sum of squares of numbers about their own group's mean, and its degrees of freedom."""
     total = sum((value - fmean(group)) ** 2 for group in groups for value in group)
@@ -1087,12 +1107,13 @@ class State:
         mine, runs, found, absurd = {name for r in self.mine for name in (r.text, r.peer)}, defaultdict(list), [], []
         theirs = [r for r in self.history if self.best and r.tag == self.best.tag and r.agent != self.agent]
         theirs = [r for r in theirs if r.conditions == self.task.conditions and r.score is not None]
+        times = Counter(r.text for r in theirs)
         for r in theirs:
             runs[r.text] += [r.score] if r.reason != TOO_GOOD else []
-        for r in theirs:
+        for r in (r for r in theirs if r.status == "keep" and not {r.text, f"{r.tag}/{r.id}"} & mine):
             gain = self.task.gain(fmean(runs[r.text] or [r.score]), self.bar)
-            if r.status == "keep" and not {r.text, f"{r.tag}/{r.id}"} & mine and gain > self.noise.sd:
-                alone = self.task.noise and sum(other.text == r.text for other in theirs) < 2
+            if gain > self.noise.sd:
+                alone = self.task.noise and times[r.text] < 2
                 too_good = alone and gain > self.task.suspicious * abs(self.bar)
                 (absurd if too_good else found).append((gain, r))
         return tuple([r for _, r in sorted(some, key=lambda offer: -offer[0])] for some in (found, absurd))
@@ -1535,7 +1556,7 @@ def papers(s: Session, role: str) -> str:
             s.screen.say(f"      no papers for {words!r} ({one_line(str(error))[:200] or 'an odd answer'})")
             break
     new = [id for id in known["found"] if id not in known["shown"]][:5] if searches else []
-    if new:
+    if searches:
         with contextlib.suppress(OSError):
             write_whole(path, json.dumps(known | {"shown": known["shown"] + new}, indent=1))
     head = "If your idea is from one of these, say so on a line `IDEA: arXiv ` and its number."
@@ -1551,7 +1572,7 @@ def brief_of(s: Session, state: State, ahead: bool) -> tuple[str, tuple[str, str
         turns[kind.lower()].append((name.strip()[:30], text.strip() if kind else text))
     turn = sum(r.proposer == "llm" or bool(r.instead) for r in done) + ahead
     role = turns["role"][turn % len(turns["role"])] if turns["role"] else ("generalist", "")
-    missed = len([*itertools.takewhile(lambda r: r.status != "keep", reversed(done))])
+    missed = last_while(done, lambda r: r.status != "keep")
     stuck = turns["stuck"][missed % len(turns["stuck"])][1] if turns["stuck"] and missed >= STUCK_ROWS else ""
     stuck = {f"Nothing was kept for {missed} experiments": stuck}
     return "".join(text for _, text in turns[""]), role, stuck
@@ -1692,13 +1713,9 @@ def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], 
     """A reply, waiting out short outages, with the request made as the server will have it. Raises NoReply."""
     since, wait_s, before, halved, sent, status = time.monotonic(), 0.5, (s.chars, s.without), 0, math.inf, 0
     while True:
-        messages, most, spent = (
-            about() + lessons,
-            s.config.max_llm_tokens,
-            s.tokens + (s.planner.tokens if s.planner else 0),
-        )
-        if most and spent >= most:
-            raise NoReply(f"{spent:,} tokens are spent, of {most:,} (--max-llm-tokens)")
+        messages, most = about() + lessons, s.config.max_llm_tokens
+        if most and s.spent >= most:
+            raise NoReply(f"{s.spent:,} tokens are spent, of {most:,} (--max-llm-tokens)")
         try:
             reply = ask_once(s, messages)
             s.chars = before[0] if status == 500 else s.chars  # it may have been the server's trouble, not the length
@@ -1737,7 +1754,7 @@ def keep_exchange(log: Path, parts: list[dict]) -> None:
 def propose(s: Session, state: State, running: Job | None = None) -> Row:
     """The model's next proposal, and before it, when they are due, its notes. Raises NoReply."""
     path, done, log = s.runs / "notes.md", candidates(state.search), s.runs / "next.md"
-    tried, planner = state.tried | of_others(s), s.planner or s
+    tried, planner = state.tried | claimed_by_others(s), s.planner or s
     old, before = read_text(path), planner.tokens
     noted = int((re.findall(r"after experiment (\d+)", old[:200]) or ["0"])[0])
     if sum(r.number > noted for r in done) >= NOTES_ROWS:
@@ -1874,8 +1891,7 @@ def row_line(task: Task, r: Row) -> str:
 
 def shared_line(task: Task, r: Row) -> str:
     """The same with its tag, and with its device where that is another."""
-    device = r.conditions[len(r.terms) + 2 :][:60]
-    return f"{r.tag}/{row_line(task, r)}" + f" [{device}]" * (r.conditions != task.conditions)
+    return f"{r.tag}/{row_line(task, r)}" + f" [{r.device}]" * (r.conditions != task.conditions)
 
 
 def noise_line(state: State) -> str:
@@ -1960,7 +1976,7 @@ def report(s: Session, state: State) -> str:
         "brief (git show NAME)": lambda r: r.brief[:10],
         "idea": lambda r: r.idea,
         "agent": lambda r: r.agent and f"{r.tag} {r.agent}",
-        "device of agents": lambda r: r.agent and r.conditions.removeprefix(f"{r.terms}, ")[:60],
+        "device of agents": lambda r: r.agent and r.device,
         "changed, and never kept": lambda r: "" if about(r) in gained else about(r),
     }
     tables = [grouped(task, rows, name, group_of) for name, group_of in groups.items()]
@@ -2003,7 +2019,7 @@ def live(s: Session, trouble: str = "") -> None:
             known = {s.task.metric: r.score, "best": state.bar, "keeps": keeps}
             known |= {"gain": s.task.gain(state.bar, state.means[state.base.text])} if state.best and state.base else {}
             known |= {"crashes": sum(r.status == "crash" for r in mine), "experiments_per_hour": len(mine) / hours}
-            known |= {"tokens": s.tokens + (s.planner.tokens if s.planner else 0)}
+            known |= {"tokens": s.spent}
             s.page.log({name: value for name, value in known.items() if value is not None}, step=r.number)
             if r.status == "keep" and r.proposer != "baseline":
                 s.page.alert("keep", row_line(s.task, r), level=trackio.AlertLevel.INFO)
@@ -2038,6 +2054,7 @@ def loop(s: Session) -> None:
         except Exception as error:  # the one place that keeps the night going: the turn is begun anew
             errors += 1
             if errors > (100 if isinstance(error, OSError) else 3):  # a full disk, or a lock, may last
+                live(s, one_line(str(error)))
                 raise
             told = {"role": now(), "content": "".join(traceback.format_exception(error))}
             keep_exchange(s.runs / "errors.log", [told])
@@ -2058,7 +2075,7 @@ def next_job(s: Session, state: State) -> Job | None:
         return Job("baseline", state.text, Row("baseline", proposer="baseline"))
     tried = {r.seed: r for r in state.mine if r.text == best.text}
     seed = next(seed for seed in itertools.count(CONFIRM_SEED) if seed not in {*tried, *VERIFY_SEEDS})
-    if (crashes := len([*itertools.takewhile(lambda r: r.score is None, reversed(state.mine))])) >= 3:
+    if (crashes := last_while(state.mine, lambda r: r.score is None)) >= 3:
         return again(s, "repeat", best, seed, f"after {crashes} runs without a score")
     if doubtful:
         if len(state.runs[best.text]) < 2 and CONFIRM_SEED not in tried:
@@ -2111,7 +2128,7 @@ def candidate(s: Session, state: State) -> Job | None:
 
     None where it had to be waited for, as the refs may have moved meanwhile, or does not fit.
     """
-    row, instead, tried = None, "", state.tried | of_others(s)
+    row, instead, tried = None, "", state.tried | claimed_by_others(s)
     for r in state.offers[0] if state.mine[-1].proposer != "peer" else ():  # they take turns with what is our own
         with contextlib.suppress(EditError):  # then its row is not for us
             text = file_at(s.config, r.commit)
@@ -2396,9 +2413,9 @@ def session(config: Config) -> int:
             loop(s)
         except Over as end:
             s.screen.say(f"      {end}; an experiment that was under way leaves no row")
-        except Exception as error:
-            s.screen.say(f"      {one_line(str(error))}")
-            live(s, one_line(str(error)))
+        except UserError as error:
+            s.screen.say(f"      {error}")
+            live(s, str(error))
             raise
         finally:
             finish(s)
@@ -2475,7 +2492,7 @@ def work(share: str, tag: str, agent: str, commit: str, until: float, args: list
             try:
                 while (code := process.poll()) is None:
                     time.sleep(LOOK_S)
-            except BaseException:  # how Ray cancels, between two looks
+            except (KeyboardInterrupt, SystemExit):  # how Ray cancels, or ends its worker, between two looks
                 os.killpg(process.pid, signal.SIGINT)
                 return process.wait(), f"{agent} was stopped"
         deaths = deaths + 1 if time.time() - began < 60 else 0  # one after another, at the start

@@ -282,7 +282,7 @@ def test_a_hostile_peer_moves_nothing_and_is_counted(pool, server):
     pool.git("update-ref", f"{ROWS}0001-huge", huge)
     pool.git("update-ref", "refs/autoresearch/odd", pool.git("rev-parse", "main"))
     pool.git("update-ref", f"{ROWS}0001-\u2028-line", gain)
-    claims = f"refs/autoresearch-claims/{shared(pool, 'x').terms}/"
+    claims = f"refs/{shared(pool, 'x').claims_at}/"
     claim = pool.git("commit-tree", pool.git("mktree", input=""), input="who\x0bam\u2028I")
     pool.git("update-ref", f"{claims}{'a' * 16}", claim)
     tree = pool.text(gain, "    step = 0", "    import os; os.system('touch /tmp/x')")
