@@ -794,21 +794,22 @@ SET = re.compile(r"^[ \t>*`\-\d.)]*SET[ \t]+`?([A-Za-z_]\w*)`?[ \t]*(?:=|:|to\b)
 FENCE = re.compile(r"^[ \t]*(```+|~~~+)[^\n`]*\n(.*?)^[ \t]*\1", re.M | re.S)
 # What looks like an edit, and is none of these: marks of patches and conflicts, tags, labels, SET in other dress, and a
 # constant without it
-ODD = r"```diff|[-<=>+]{3,} ?(?:search|replace|original|updated)\b|[<=>]{5,}|@@ .*@@|[-+]{3} \S|-.*\n\+|&lt;&lt;"
+ODD = r"```diff|[-<=>+]{3,} ?(?:search|replace|original|updated)\b|[<=>]{5,}|@@ .*@@|[-+]{3} \S|&lt;&lt;"
+ODD += r"|-.*\n\+.*[=()\[\]]|[-+] {4,}\S.*[=()\[\]]"
 ODD += r"|</?(?:search|replace|old|new|edit|tool_call|function|invoke)\w*[ =>]|\*{3} ?(?:begin|update|end)"
-ODD += r"|(?:find|replace|with|replace with|old|new|before|after):[ \t]*$|\W+(?:search|replace)\W+$"
-ODD += r"|(?-i:\W*SET\W|.{0,20}\bSET[ \t]+[A-Z]\w*[ \t]*[=:])|\W*set[ \t]+\S+[ \t]*(?:=|:|to\b)"
+ODD += r"|(?:find|replace|with|replace with|old|new|before|after):[ \t]*$|(?-i:SEARCH|REPLACE)$"
+ODD += r"|[#*]+ *(?:search|find|replace|with|old|new|before|after)[^\w\n]*$"
+ODD += r"|(?-i:[^\w\n]*SET\W|.{0,20}\bSET[ \t]+[A-Z]\w*[ \t]*[=:])|[^\w\n]*set[ \t]+\S+[ \t]*(?:=|:|to\b)"
 ODD += r"|[*`\-\d.) ]*(?-i:(?!EXPECTED|HYPOTHESIS|DESCRIPTION|IDEA|CONFIDENCE|RISK)[A-Z][A-Z0-9_]+)[`*]*[ \t]*"
-ODD += r"(?:=(?!=)|[-\d.]*[ \t]*(?::|->|[\u2190\u2192])[ \t]*[-+]?['\"\d.])|\w+[ \t]*=[ \t]*[-+\d.]+[ \t]*$"
-ODD += r"|\w+ (?-i:[A-Z][A-Z0-9_]+) from \S+ to \S"
+ODD += r"(?:=(?!=)|[-\d.]*[ \t]*(?::|->|[\u2190\u2192])[ \t]*[-+]?['\"\d.])|(?!val_|bpb|loss)\w+[ \t]*=[ \t]*[-+\d.]+[ \t]*$"
+ODD += r"|(?:change|set|raise|lower|increase|decrease|reduce) (?-i:[A-Z][A-Z0-9_]+) from \S+ to \S"
 ODD = re.compile(rf"^[ \t>]*(?:{ODD}).*", re.M | re.I)
 THOUGHT = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
 THOUGHT_END = rf"[<\[]/{THOUGHT}[>\]]"
 CHOICE = "(?:option|alternative|variant|approach|version|idea|plan|proposal|candidate|choice)"
 # What the form has no edits in: a hypothesis may say of an earlier one
-TOLD = re.compile(
-    r"^\W*HYPOTHESIS\b(?:(?!\n[ \t]*\n|<<<|```|~~~|\nSET\b).)*?(?=\n\W*(?:EXPECTED|DESCRIPTION)\b)", re.M | re.S
-)
+TOLD = r"\n[ \t]*\n|<<<|&lt;|</?\w|```|~~~|\n[-+=]{5}|\n-[^\n]*\n\+[^\n]*[=()\[\]]|\bSET\W+\w+[ \t]*[=:]"
+TOLD = re.compile(rf"^[^\w\n]*HYPOTHESIS\b(?:(?!{TOLD}).)*?(?=\n[^\w\n]*(?:EXPECTED|DESCRIPTION)\b)", re.M | re.S)
 
 
 def without_thoughts(reply: str) -> str:
@@ -825,14 +826,14 @@ def without_thoughts(reply: str) -> str:
     reply = re.sub(within, lambda m: m[0] * code(reply[: m.start()]), reply, flags=re.S | re.I)  # there it may stay
     ends = rf".*{THOUGHT_END}(?=[ \t]*$|\W*(?:HYPOTHESIS|DESCRIPTION|SET)\b)"
     opened = re.match(ends, reply, re.S | re.I | re.M)  # by the server's template
-    if opened and re.search(r"^\W*(DESCRIPTION|SET|<<<<|```)", reply[opened.end() :], re.M):
+    if opened and re.search(r"^[^\w\n]*(DESCRIPTION|SET|<<<<|```)", reply[opened.end() :], re.M):
         reply = reply[opened.end() :]
     return re.sub(rf"\A\s*[<\[]{THOUGHT}[>\]].*", "", reply, flags=re.S | re.I)
 
 
 def reply_field(reply: str, name: str) -> str:
     """The text after `NAME:` or under a heading NAME, to the next field, edit or blank line, on one line."""
-    ends = r"\n(?:[ \t]*(?:\n|<<<|```|~~~)|[\W\d]*(?:HYPOTHESIS|EXPECTED|DESCRIPTION|IDEA|SET)\b|[^\n]{0,12}\w\.py\b)"
+    ends = r"\n(?:[ \t]*(?:\n|<<<|```|~~~)|(?:[^\w\n]|\d)*(?:HYPOTHESIS|EXPECTED|DESCRIPTION|IDEA|SET)\b|[^\n]{0,12}\w\.py\b)"
     start = rf"^[ \t>]*(?:[#*\-\d.) \t]*{name}[ \t*]*:|[#* ]+{name}[ \t*]*\n)[ \t*]*"
     found = re.search(rf"{start}(.*?)(?={ends}|\Z)", reply, re.M | re.S | re.I)
     return one_line(found[1]) if found else ""
@@ -854,8 +855,10 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
         raise EditError(f"This is no edit of the form asked for, and nothing {left}: {one_line(odd[0])[:80]!r}")
     if "NAME" in names or any(edit.old == "exact lines of train.py\n" for _, edit in found):
         raise EditError("This is the form, not an edit: name a constant of train.py and a number, or copy its lines.")
-    choices = re.findall(rf"^[\W\d]*(?:{CHOICE} #?([a-d1-4]|one|two)\b|(first|second) {CHOICE})", rest.lower(), re.M)
-    several = len(set(choices)) > 1 or len(re.findall(r"^\W*DESCRIPTION\b", rest, re.M | re.I)) > 1
+    choices = re.findall(
+        rf"^(?:[^\w\n]|\d)*(?:{CHOICE} #?([a-d1-4]|one|two)\b|(first|second) {CHOICE})", rest.lower(), re.M
+    )
+    several = len(set(choices)) > 1 or len(re.findall(r"^[^\w\n]*DESCRIPTION\b", rest, re.M | re.I)) > 1
     twice = len(set(names)) < len({(edit.old, edit.new) for _, edit in sets})
     if twice or len(found + sets) > 1 and (several or files):
         what = "alternatives, two values for one hyperparameter, or a whole file beside other edits"
@@ -868,6 +871,8 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
 
 def parse_reply(reply: str) -> Row:
     """A model's reply as the beginning of a row. Raises EditError."""
+    if re.search(r"\S\s{500}", reply := reply.strip()):  # of a model stuck in a loop, which would take minutes to read
+        raise EditError("The reply is mostly blank. Send it again, without the blank lines.")
     reply = without_thoughts(reply)
     if not reply.strip():
         raise EditError("The reply was empty. Answer in plain text, in the form asked for; no tools are called here.")

@@ -173,6 +173,12 @@ OTHER_FORMS |= {
 }
 OTHER_FORMS |= {f"after {words!r}": f"{words} SET DECAY = 0.3" for words in ("- **Edit 1:**", "(2)", "a)", "Also")}
 OTHER_FORMS |= {"another arrow": "DECAY \u2190 0.3", "from to": "Change DECAY from 0.2 to 0.3", "small": "decay = 0.3"}
+OTHER_FORMS |= {
+    "bold labels": "**Before:**\n    x = 1\n\n**After:**\n    x = 2",
+    "headings": "### Old\nx = 1\n### New\nx = 2",
+}
+OTHER_FORMS |= {"bare labels": "SEARCH\n    x = f(1)\nREPLACE\n    x = f(2)", "a plus": "+    x = norm(x)"}
+OTHER_FORMS |= {"a minus": "-    x = norm(x)", "a minus and a plus": "- DECAY = 0.2\n+ DECAY = 0.3"}
 OTHER_FORMS |= {"a tool": "<tool_call>\nstep = 7\n</tool_call>", "labels": "OLD:\n    step = 0\nNEW:\n    step = 7"}
 OTHER_FORMS |= {"in a list": "1. change:\n   ```python\n   rows = 7\n   ```", "bare": "-    step = 0\n+    step = 7"}
 
@@ -202,13 +208,29 @@ PROSE += [
     "CONFIDENCE: 70%",
 ]
 PROSE += ["SET RATE = 2.0"]  # once more the same
+PROSE += [
+    "Raising RATE from 1.0 to 2.0 gives faster progress.",
+    "Best so far:\nval_bpb = 0.9812",
+    "- costs memory\n+ faster",
+]
 
 
 @pytest.mark.parametrize("line", PROSE)
 def test_prose_that_looks_like_an_edit_is_none(line):
     assert edited(f"SET RATE = 2.0\n{line}\n") == RATE_SET
     wrapped = f"HYPOTHESIS: after\nDECAY = 0.3 and\nset too low, Change DECAY from 0.2 to 0.3\nit is\n- {line}\nDESCRIPTION: d\n"
-    assert agent.parse_reply(f"{wrapped}SET RATE = 2.0").edits[-1] == RATE_2
+    if not line.startswith("SET"):  # which ends what is told
+        assert agent.parse_reply(f"{wrapped}SET RATE = 2.0").edits == (RATE_2,)
+
+
+HARD = ["small letters", "dashes and plusses", "HTML", "a unified diff", "a tool", "SET after '**SET** '", "bare"]
+HARD += ["SET after 'Edit: SET '", "a minus and a plus"]
+
+
+@pytest.mark.parametrize("form", HARD)
+def test_an_edit_between_hypothesis_and_description_is_not_dropped(form):
+    with pytest.raises(agent.EditError):
+        agent.parse_reply(f"HYPOTHESIS: a\n{OTHER_FORMS[form]}\nEXPECTED: -1\nDESCRIPTION: x\nSET RATE = 2.0")
 
 
 REFUSED = {f"SET RATE = {v}": "plain Python literal" for v in ("2 * 3", "open('x')", "x", "{[1]: 2}", "(" * 5000)}
@@ -245,6 +267,8 @@ def test_a_long_reply_is_read_at_once():
     began = time.monotonic()
     problem("<<<<<<< SEARCH\nx\n=======\ny\n" * 2000)  # a model stuck in a loop
     problem("<think>" * 5000 + "DESCRIPTION: " * 5000)
+    assert "mostly blank" in problem("SET RATE = 2.0" + "\n" * 100_000 + "x")
+    problem("\n\n> " * 6000)
     problem(block("\n".join(f"no such line {i}" for i in range(300)), "pass"), TEXT * 20)
     assert time.monotonic() - began < 20
 
