@@ -19,9 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-# ---------------------------------------------------------------------------
-# Hyperparameters: NAME = literal  # what, unit [low, high]. Every value within its bounds runs, memory permitting.
-# ---------------------------------------------------------------------------
+# ---- Hyperparameters: NAME = literal  # what, unit [low, high]. Every value within its bounds runs, memory permitting
 
 # fmt: off
 SIZES = {  # the row of the active preset is used
@@ -30,18 +28,18 @@ SIZES = {  # the row of the active preset is used
     # HEAD_DIM: channels per head, rounded to a multiple of 8 [16, 256]
     # WINDOW: tokens that a short-window block sees, itself included; seq_len or more means all [16, 2048]
     # VALUE_EVERY: the last block and every n-th before it has a value embedding, blocks [1, 24]
-    # BIGRAM_ROWS: rows of the table of token pairs, which are hashed into it [1024, 262144]
+    # RECALL_ROWS: rows of each table of what followed in the text, best a power of two; 0: no guesses [0, 4194304]
     # BATCH_ROWS: rows of seq_len tokens per optimizer step [1, 512]
     # MICRO_ROWS: rows that are in memory at once, at most; no result depends on it, lower it when memory runs out
     # MATRIX_LR: Muon's rate for the matrices of the blocks [0.002, 0.2]
     # MUON_STEPS: Newton-Schulz steps that make an update orthogonal; 5 take an eighth of a step on a CPU [1, 5]
-    "datacenter": dict(DEPTH=8, HEADS=6, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, BIGRAM_ROWS=65536, BATCH_ROWS=64,
+    "datacenter": dict(DEPTH=8, HEADS=6, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, RECALL_ROWS=0, BATCH_ROWS=64,
                        MICRO_ROWS=32, MATRIX_LR=0.04, MUON_STEPS=5),
-    "consumer": dict(DEPTH=6, HEADS=4, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, BIGRAM_ROWS=65536, BATCH_ROWS=32,
+    "consumer": dict(DEPTH=6, HEADS=4, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, RECALL_ROWS=0, BATCH_ROWS=32,
                      MICRO_ROWS=16, MATRIX_LR=0.04, MUON_STEPS=5),
-    "mac": dict(DEPTH=4, HEADS=2, HEAD_DIM=128, WINDOW=128, VALUE_EVERY=1, BIGRAM_ROWS=32768, BATCH_ROWS=16,
+    "mac": dict(DEPTH=4, HEADS=2, HEAD_DIM=128, WINDOW=128, VALUE_EVERY=1, RECALL_ROWS=0, BATCH_ROWS=16,
                 MICRO_ROWS=16, MATRIX_LR=0.03, MUON_STEPS=5),
-    "cpu": dict(DEPTH=4, HEADS=2, HEAD_DIM=64, WINDOW=256, VALUE_EVERY=1, BIGRAM_ROWS=32768, BATCH_ROWS=8,
+    "cpu": dict(DEPTH=4, HEADS=2, HEAD_DIM=64, WINDOW=256, VALUE_EVERY=1, RECALL_ROWS=1048576, BATCH_ROWS=8,
                 MICRO_ROWS=8, MATRIX_LR=0.03, MUON_STEPS=3),
 }
 # fmt: on
@@ -49,21 +47,26 @@ SIZES = {  # the row of the active preset is used
 # Architecture
 WINDOW_PATTERN = "SSSL"  # S: short window, L: full; repeated over the blocks; the last block is always full
 MLP_RATIO = 4.0  # hidden channels of the MLP per channel of the model [0.5, 8]
-CONV_TAPS = 2  # tokens before the present one that the convolution in front of every attention blends in [1, 8]
 ROPE_BASE = 10000.0  # longest wavelength of the rotary embedding, about this many times 2 pi tokens [100, 1000000]
-SOFTCAP = 30.0  # logits stay within +-SOFTCAP, x / (1 + |x| / SOFTCAP): a tanh takes 8 % of a step on a CPU [10, 100]
+SOFTCAP = 30.0  # the head's logits stay within that, x / (1 + |x| / SOFTCAP); a tanh takes 8 % of a step [10, 100]
 GATE_CHANNELS = 32  # channels of a block's input that drive the gates of its value embedding [1, 128]
 EMBED_MIX_INIT = 0.1  # share of the token embedding mixed in before every block, at the start [0, 1]
+ROW_GRAMS = 3  # guesses from the row go by its last 1 to so many tokens [1, 8]
+TEXT_GRAMS = 3  # guesses from the training text go by the last 2, the last 3, ... tokens: so many tables [1, 6]
+SLOTS = 8  # guesses from each table: what followed most often [1, 16]
+CONV_TAPS = 2  # tokens before the present one that the convolution in front of every attention blends in [1, 8]
 
 # AdamW: embeddings, head and scalars. The rates of the first four are for a width of 768 and grow as width ** -0.5
 EMBED_LR = 0.8  # token embedding [0.05, 5]
-BIGRAM_LR = 0.3  # table of token pairs [0.02, 2]
+GUESS_LR = 0.3  # embedding of guesses [0.02, 2]
 VALUE_LR = 0.8  # value embeddings [0.05, 5]
 HEAD_LR = 0.01  # output head [0.001, 0.1]
+GATE_LR = 0.01  # what gates the guesses' logits [0.001, 0.1]
+WORTH_LR = 0.05  # what each kind of guess is worth [0.005, 0.5]
 CONV_LR = 0.1  # weights of the convolutions [0.01, 1]
 RESIDUAL_LR = 0.015  # per-block scale of the residual stream [0.001, 0.1]
 MIX_LR = 0.5  # per-block share of the token embedding [0.01, 2]
-EMBED_DECAY = 0.002  # weight decay of the token embedding and of the table of pairs, times their rates [0, 0.05]
+EMBED_DECAY = 0.002  # weight decay of the embeddings of tokens and of guesses, times their rates [0, 0.05]
 VALUE_DECAY = 0.002  # weight decay of the value embeddings, times their rate [0, 0.05]
 HEAD_DECAY = 0.005  # weight decay of the head, times its rate [0, 0.1]
 ADAM_BETA1 = 0.8  # mean of the gradient: share kept per step [0.5, 0.95]
@@ -84,9 +87,7 @@ LR_FLOOR = 0.03  # learning-rate factor at the end [0, 0.5]
 
 LOG_EVERY_S = 2.0  # time between step lines, seconds
 
-# ---------------------------------------------------------------------------
-# Attention kernels: q, k, v and the result are (B, H, T, D)
-# ---------------------------------------------------------------------------
+# ---- Attention kernels: q, k, v and the result are (B, H, T, D) ------------------------------------------------------
 
 SDPA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -123,26 +124,7 @@ def blockwise_attention(q, k, v, window: int):
     return out.reshape(batch, heads, padded, dim)[:, :, :length]
 
 
-@functools.cache
-def can_compile(device_type: str) -> bool:
-    """Whether torch.compile works here: compiles one operation. On MPS it is not dependable and is never used."""
-    if device_type == "mps":
-        return False
-    try:
-        torch.compile(torch.square)(torch.ones(8, device=device_type))
-    except RuntimeError:  # no C++ compiler, no Triton, no Python headers
-        return False
-    return True
-
-
-# ---------------------------------------------------------------------------
-# Model
-# ---------------------------------------------------------------------------
-
-
-def sizes() -> SimpleNamespace:
-    """The active preset's row of SIZES."""
-    return SimpleNamespace(**SIZES[prepare.active_preset()])
+# ---- Model -----------------------------------------------------------------------------------------------------------
 
 
 def multiple_of_8(channels: float) -> int:
@@ -156,10 +138,7 @@ def norm(x):
 
 
 class Linear(nn.Linear):
-    """No bias; fp32 weights, multiplied in the input's precision."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    """fp32 weights, multiplied in the input's precision."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
@@ -181,16 +160,75 @@ def rotate(x, rotary):
 
 def blend(x, taps):
     """Short causal convolution by channel: x (B, T, width) plus taps[i] times the token i + 1 places before."""
-    blended, shifted = x, x
-    for tap in taps:
-        shifted = F.pad(shifted, (0, 0, 1, 0))[:, :-1]
-        blended = blended + tap.to(x.dtype) * shifted
-    return blended
+    return x + sum(tap.to(x.dtype) * F.pad(x, (0, 0, i, 0))[:, : x.shape[1]] for i, tap in enumerate(taps, 1))
 
 
-def pair_rows(idx, rows: int):
-    """Row in a table of so many of every token with the one before it: idx (B, T) -> (B, T). Pairs may share one."""
-    return (idx * 1000003 + F.pad(idx, (1, 0))[:, :-1] * 2654435761) % rows
+# Of guesses from a source; of the text, by turns of its one half and the other; tokens of a piece that are remembered
+KINDS, PIECES, PIECE_TOKENS = 256, 40, 2**17
+
+
+def grams(idx, n: int):
+    """A number for the last n tokens at every position: idx (B, T) -> int64 (B, T). Before a row there are zeros."""
+    number = 0
+    for i in range(n):
+        number = number * 1000003 + F.pad(idx, (i, 0))[:, : idx.shape[1]]
+    return number
+
+
+def level(count):
+    """0, 1, 2 for themselves, 3 for 3 and 4, 4 for 5 to 8, and so on up to 15."""
+    return (count.clamp_min(0.5).log2().ceil() + 1).clamp_max(15).long()
+
+
+class Recall(nn.Module):
+    """Guesses at the next token: what followed the same tokens before, in the row and elsewhere in the training text.
+
+    A guess is a token and its kind: its source, and how often or how far back it was seen; 0 is none. What a kind is
+    worth is learned: for the guess's embedding, as input of the blocks, and for its logit, gated by their output.
+    """
+
+    def __init__(self, rows: int, vocab_size: int, width: int):
+        super().__init__()
+        self.tables = TEXT_GRAMS if rows else 0
+        for name in ("token", "kind"):  # of what followed in the text, most often first
+            self.register_buffer(name, torch.zeros(self.tables, rows, SLOTS, dtype=torch.int16))
+        self.embedding = nn.Embedding.from_pretrained(torch.zeros(vocab_size, width), freeze=False)
+        self.worth = nn.Embedding(KINDS * (ROW_GRAMS + self.tables), 2, padding_idx=0)
+        self.gate = Linear(width, ROW_GRAMS + self.tables, bias=False)
+
+    @torch.no_grad()
+    def remember(self, text, vocab_size: int):
+        """Counts what followed what in text, int64 (pieces, T), in place of what was counted before."""
+        rows = self.token.shape[1]
+        for n, tables in enumerate(zip(self.token, self.kind), 2):
+            context = grams(text, n)[:, n - 1 : -1] % rows
+            found, count = torch.unique(context * vocab_size + text[:, n:], return_counts=True)
+            row, token = found // vocab_size, found % vocab_size
+            rest = count.new_zeros(rows).index_add_(0, row, count)[row] - count
+            kind = KINDS * (ROW_GRAMS + n - 2) + 16 * level(count) + level(rest)
+            order = (row * 2**32 - count).argsort()
+            slot = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+            kept = order[slot < SLOTS]
+            for table, values in zip(tables, (token, kind)):
+                table.zero_()[row[kept], slot[slot < SLOTS]] = values[kept].short()
+
+    def in_row(self, idx, n: int):
+        """What followed when the last n tokens stood in the row for the last time: tokens and kinds, (B, T)."""
+        gram, order = grams(idx, n).sort(stable=True)
+        before = F.pad(order, (1, 0))[:, :-1]
+        known = (gram == F.pad(gram, (1, 0), value=-1)[:, :-1]) & (before >= n - 1)
+        token = idx.gather(1, (before + 1).clamp_max(idx.shape[1] - 1))
+        kind = KINDS * (n - 1) + level(order - before)
+        return torch.stack([torch.empty_like(idx).scatter(1, order, known * found) for found in (token, kind)])
+
+    def forward(self, idx):
+        """Guesses for idx (B, T): tokens and kinds, (B, T, guesses)."""
+        found = [torch.stack([self.in_row(idx, n) for n in range(1, ROW_GRAMS + 1)], 3)]
+        found[0][1] += 16 * (found[0][1] > 0) * (found[0][1] > 0).sum(2, keepdim=True)  # how many tokens agree
+        for n in range(2, self.tables + 2):
+            row = grams(idx, n) % self.token.shape[1]
+            found.append(torch.stack([self.token[n - 2, row], self.kind[n - 2, row]]).long())
+        return torch.cat(found, 3).unbind()
 
 
 class Attention(nn.Module):
@@ -200,8 +238,8 @@ class Attention(nn.Module):
         super().__init__()
         width = heads * head_dim
         self.heads, self.window = heads, window
-        self.query, self.key, self.value, self.out = (Linear(width, width) for _ in range(4))
-        self.gate = Linear(min(GATE_CHANNELS, width), heads) if has_value_embedding else None
+        self.query, self.key, self.value, self.out = (Linear(width, width, bias=False) for _ in range(4))
+        self.gate = Linear(min(GATE_CHANNELS, width), heads, bias=False) if has_value_embedding else None
 
     def forward(self, x, rotary, value_embedding, block_mask):
         """x, value_embedding: (B, T, width); block_mask: flex attention's, None where other kernels do the windows."""
@@ -222,7 +260,7 @@ class MLP(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         hidden = multiple_of_8(MLP_RATIO * width)
-        self.up, self.down = Linear(width, hidden), Linear(hidden, width)
+        self.up, self.down = Linear(width, hidden, bias=False), Linear(hidden, width, bias=False)
 
     def forward(self, x):
         return self.down(F.relu(self.up(x)).square())
@@ -248,18 +286,19 @@ class GPT(nn.Module):
 
     def __init__(self, vocab_size: int, seq_len: int, size: SimpleNamespace):
         super().__init__()
-        head_dim = multiple_of_8(size.HEAD_DIM)
+        self.size, head_dim = size, multiple_of_8(size.HEAD_DIM)
         width = size.HEADS * head_dim
-        self.windows = block_windows(size.DEPTH, min(size.WINDOW, seq_len), seq_len)
+        pattern = (WINDOW_PATTERN * size.DEPTH)[: size.DEPTH - 1] + "L"
+        self.windows = [min(size.WINDOW, seq_len) if kind == "S" else seq_len for kind in pattern]
         has_value = range(size.DEPTH - 1, -1, -size.VALUE_EVERY)  # blocks with a value embedding
         self.embedding = nn.Embedding(vocab_size, width)
-        self.bigrams = nn.Embedding.from_pretrained(torch.zeros(size.BIGRAM_ROWS, width), freeze=False)
+        self.recall = Recall(size.RECALL_ROWS, vocab_size, width)
         self.value_embeddings = nn.ModuleDict({str(i): nn.Embedding(vocab_size, width) for i in has_value})
         self.blocks = nn.ModuleList(Block(size.HEADS, head_dim, w, i in has_value) for i, w in enumerate(self.windows))
         self.residual_scale = nn.Parameter(torch.ones(size.DEPTH))
         self.embed_mix = nn.Parameter(torch.full((size.DEPTH,), EMBED_MIX_INIT))
         self.conv_taps = nn.Parameter(torch.zeros(size.DEPTH, CONV_TAPS, width))
-        self.head = Linear(width, vocab_size)
+        self.head = Linear(width, vocab_size, bias=False)
         self.register_buffer("rotary", rotary_table(seq_len, head_dim), persistent=False)
         self.init_weights()
 
@@ -267,7 +306,7 @@ class GPT(nn.Module):
     def init_weights(self):
         """Matrices have deviation width ** -0.5; what writes to the residual stream starts at 0, the head small."""
         bound = 3**0.5 * self.head.in_features**-0.5
-        for weight in matrix_parameters(self):
+        for weight in self.blocks.parameters():
             weight.uniform_(-bound, bound)
         for block in self.blocks:
             block.attention.out.weight.zero_()
@@ -278,48 +317,49 @@ class GPT(nn.Module):
         for embedding in self.value_embeddings.values():
             embedding.weight.uniform_(-bound, bound)
         self.head.weight.normal_(std=0.001)
+        self.recall.gate.weight.zero_()
+        self.recall.worth.weight.copy_(torch.tensor([0.1, 0.0]))  # input, logit
+        self.recall.worth.weight[0] = 0.0  # of no guess
 
     def hidden(self, idx, run_block=Block.forward, block_mask=None):
-        """Tokens (B, T) -> (B, T, width), the input of the head. run_block: Block.forward, or compiled."""
+        """Tokens (B, T) -> the inputs of logits_of() after head and gate. run_block: Block.forward, or compiled."""
         dtype = torch.bfloat16 if idx.is_cuda else torch.float32
         rotary = self.rotary[:, : idx.shape[1]]
-        embedded = norm((self.embedding(idx) + self.bigrams(pair_rows(idx, self.bigrams.num_embeddings))).to(dtype))
+        guesses, embedded = (), self.embedding(idx)
+        if self.recall.tables:
+            token, kind = self.recall(idx)
+            share, trust = self.recall.worth(kind).unbind(-1)
+            mixed = dict(per_sample_weights=share.flatten(0, 1), mode="sum")
+            embedded += F.embedding_bag(token.flatten(0, 1), self.recall.embedding.weight, **mixed).view_as(embedded)
+            guesses = token, kind // KINDS, trust
+        embedded = norm(embedded.to(dtype))
         x = embedded.clone()  # with one tensor as both, the first block would be compiled by itself
         with sdpa_kernel(SDPA_ORDER, set_priority=True):  # within a compiled function, no cache would hold that
             for i, block in enumerate(self.blocks):
                 value = self.value_embeddings[str(i)](idx).to(dtype) if str(i) in self.value_embeddings else None
                 scale, mix, taps = self.residual_scale[i], self.embed_mix[i], self.conv_taps[i]
                 x = run_block(block, x, scale, embedded, mix, taps, rotary, value, block_mask)
-        return x
+        return x, *guesses
 
     def forward(self, idx):
-        return logits_of(self.head, self.hidden(idx))
+        return logits_of(self.head, self.recall.gate, *self.hidden(idx))
 
 
-def logits_of(head, x):
-    """What the head makes of (B, T, width): logits (B, T, vocab_size), fp32."""
+def logits_of(head, gate, x, token=None, source=None, trust=None):
+    """Logits (B, T, vocab_size), fp32, of x (B, T, width) and of guesses (B, T, guesses), where there are any."""
     logits = head(norm(x)).float()
-    return logits / (1 + logits.abs() / SOFTCAP)
-
-
-def block_windows(depth: int, short: int, full: int) -> list[int]:
-    """Tokens that each block sees, by WINDOW_PATTERN."""
-    return [{"S": short, "L": full}[WINDOW_PATTERN[i % len(WINDOW_PATTERN)]] for i in range(depth - 1)] + [full]
+    logits = logits / (1 + logits.abs() / SOFTCAP)
+    if token is not None:
+        logits = logits.scatter_add(2, token, trust * 2 * gate(norm(x)).float().sigmoid().gather(2, source))
+    return logits
 
 
 def build_model(vocab_size: int, seq_len: int) -> nn.Module:
     """The untrained model at the active preset's size. The scorer calls this too, and loads the checkpoint into it."""
-    return GPT(vocab_size, seq_len, sizes())
+    return GPT(vocab_size, seq_len, SimpleNamespace(**SIZES[prepare.active_preset()]))
 
 
-def matrix_parameters(model) -> list:
-    """The matrices of the blocks: Muon's."""
-    return list(model.blocks.parameters())
-
-
-# ---------------------------------------------------------------------------
-# Optimizers
-# ---------------------------------------------------------------------------
+# ---- Optimizers ------------------------------------------------------------------------------------------------------
 
 POLAR_EXPRESS = (  # coefficients of the odd quintic of each Newton-Schulz step (arXiv 2505.16932)
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -348,19 +388,19 @@ def neuron_power(update):
     return update.square().mean(-1 if update.shape[-2] >= update.shape[-1] else -2, keepdim=True)
 
 
-def equalise_neurons(update, power, beta):
+def equalise_neurons(update, power):
     """Divides each neuron by the root of its running mean square `power`, keeping the norm of each matrix."""
-    power += (1 - beta) * (neuron_power(update) - power)
+    power += (1 - NEURON_BETA) * (neuron_power(update) - power)
     scaled = update * power.clamp_min(1e-10).rsqrt()
     before, after = (t.norm(dim=(-2, -1), keepdim=True) for t in (update, scaled))
     return scaled * before / after.clamp_min(1e-10)
 
 
-def muon_update(weights, gradients, velocity, power, lr, momentum, decay, neuron_beta, steps: int):
+def muon_update(weights, gradients, velocity, power, lr, momentum, decay, steps: int):
     """New weights (n, rows, columns); moves velocity and power along. Decays only where the update shrinks too."""
     velocity += (1 - momentum) * (gradients - velocity)
     update = orthogonalise(gradients + momentum * (velocity - gradients), steps)  # Nesterov: looks one step ahead
-    update = equalise_neurons(update, power, neuron_beta) * max(1, weights.shape[-2] / weights.shape[-1]) ** 0.5
+    update = equalise_neurons(update, power) * max(1, weights.shape[-2] / weights.shape[-1]) ** 0.5
     return weights - lr * update - lr * decay * weights * (update * weights >= 0)
 
 
@@ -371,9 +411,8 @@ class Muon(torch.optim.Optimizer):
         shapes = {tuple(p.shape): [] for p in matrices}
         for p in matrices:
             shapes[tuple(p.shape)].append(p)
-        rates = dict(lr=lr, momentum=MOMENTUM_START, decay=MATRIX_DECAY, neuron_beta=NEURON_BETA)
-        groups = [dict(params=params, **rates) for params in shapes.values()]
-        super().__init__(groups, {})
+        rates = dict(lr=lr, momentum=MOMENTUM_START, decay=MATRIX_DECAY)
+        super().__init__([dict(params=params, **rates) for params in shapes.values()], {})
         self.update = functools.partial(update, steps=steps)
 
     @torch.no_grad()
@@ -381,27 +420,23 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = group["params"]
             weights, gradients = torch.stack(params), torch.stack([p.grad for p in params])
-            state = self.state[params[0]] or self.new_state(params[0], weights)
-            names = "lr", "momentum", "decay", "neuron_beta"
-            rates = [weights.new_full((), group[name]) for name in names]  # floats would compile anew
+            if not (state := self.state[params[0]]):
+                state.update(velocity=torch.zeros_like(weights), power=torch.zeros_like(neuron_power(weights)))
+            rates = [weights.new_full((), group[name]) for name in ("lr", "momentum", "decay")]  # floats compile anew
             weights = self.update(weights, gradients, state["velocity"], state["power"], *rates)
             torch._foreach_copy_(params, weights.unbind())
-
-    def new_state(self, key, weights) -> dict:
-        """Zero momentum and mean squares for the batch `weights`, kept under the parameter `key`."""
-        self.state[key] = dict(velocity=torch.zeros_like(weights), power=torch.zeros_like(neuron_power(weights)))
-        return self.state[key]
 
 
 def adamw(model) -> torch.optim.Optimizer:
     """AdamW for all that is not Muon's."""
     scale = (model.head.in_features / 768) ** -0.5
-    value_weights = list(model.value_embeddings.parameters())
     betas, scalar_betas = (ADAM_BETA1, ADAM_BETA2), (SCALAR_BETA1, ADAM_BETA2)
     groups = [
         dict(params=[model.embedding.weight], lr=EMBED_LR * scale, betas=betas, weight_decay=EMBED_DECAY),
-        dict(params=[model.bigrams.weight], lr=BIGRAM_LR * scale, betas=betas, weight_decay=EMBED_DECAY),
-        dict(params=value_weights, lr=VALUE_LR * scale, betas=betas, weight_decay=VALUE_DECAY),
+        dict(params=[model.recall.embedding.weight], lr=GUESS_LR * scale, betas=betas, weight_decay=EMBED_DECAY),
+        dict(params=[model.recall.worth.weight], lr=WORTH_LR, betas=betas, weight_decay=0.0),
+        dict(params=[model.recall.gate.weight], lr=GATE_LR, betas=betas, weight_decay=0.0),
+        dict(params=model.value_embeddings.parameters(), lr=VALUE_LR * scale, betas=betas, weight_decay=VALUE_DECAY),
         dict(params=[model.head.weight], lr=HEAD_LR * scale, betas=betas, weight_decay=HEAD_DECAY),
         dict(params=[model.conv_taps], lr=CONV_LR, betas=betas, weight_decay=0.0),
         dict(params=[model.residual_scale], lr=RESIDUAL_LR, betas=scalar_betas, weight_decay=0.0),
@@ -410,68 +445,49 @@ def adamw(model) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, eps=1e-10, fused=True)
 
 
-def lr_factor(progress: float) -> float:
-    """Learning-rate factor at a share of the budget: 1, then linearly to LR_FLOOR over the last WARMDOWN of it."""
-    left = min(1.0, (1 - progress) / max(WARMDOWN, 1e-9))
-    return LR_FLOOR + (1 - LR_FLOOR) * max(0.0, left)
+# ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def momentum_at(progress: float) -> float:
-    """Muon's momentum: from START to PEAK over the build-up, from PEAK to END over the warm-down."""
-    built = min(1.0, progress / max(MOMENTUM_BUILDUP, 1e-9))
-    cooled = max(0.0, 1 - (1 - progress) / max(WARMDOWN, 1e-9))
-    return MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * built + (MOMENTUM_END - MOMENTUM_PEAK) * cooled
-
-
-# ---------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------
-
-
-def head_loss(head, x, y):
-    """Mean cross entropy, nats per token, of predicting y (B, T) from the input of the head (B, T, width)."""
-    return F.cross_entropy(logits_of(head, x).flatten(0, 1), y.flatten())
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the machine, had no memory left."""
-    return bool(re.search("out of memory|(can't|cannot) allocate memory|not enough memory|ALLOC_FAILED", str(error)))
+def head_loss(head, gate, y, *inputs):
+    """Mean cross entropy, nats per token, of predicting y (B, T) from the inputs of logits_of()."""
+    return F.cross_entropy(logits_of(head, gate, *inputs).flatten(0, 1), y.flatten())
 
 
 class Trainer:
     """Model, optimizers and compiled functions; step() makes one optimizer step. A block is compiled rather than the
     whole model: all of a kind share it, and edits elsewhere leave it cached."""
 
-    def __init__(self, model, size: SimpleNamespace, compiled: bool):
+    def __init__(self, model, compiled: bool, has_flex: bool):
         compile_fn = functools.partial(torch.compile, dynamic=False, disable=not compiled, recompile_limit=64)
-        self.model = model
+        self.model, self.has_flex, size = model, has_flex, model.size
         self.block, self.head_loss = compile_fn(Block.forward), compile_fn(head_loss)
-        self.has_flex = compiled and model.head.weight.is_cuda  # until warm_up finds that it does not work
         torch.compiler.config.cache_key_tag = str(SDPA_ORDER)  # chooses while it is traced, and is not in the key
-        self.muon = Muon(matrix_parameters(model), size.MATRIX_LR, size.MUON_STEPS, compile_fn(muon_update))
+        self.muon = Muon(list(model.blocks.parameters()), size.MATRIX_LR, size.MUON_STEPS, compile_fn(muon_update))
         self.adamw = adamw(model)
         self.micro_batches = math.ceil(size.BATCH_ROWS / size.MICRO_ROWS)
         self.rows = math.ceil(size.BATCH_ROWS / self.micro_batches)  # of every micro-batch: fixed shapes
-        for group in self.param_groups():
+        self.param_groups = self.muon.param_groups + self.adamw.param_groups
+        for group in self.param_groups:
             group["peak_lr"] = group["lr"]
 
-    def param_groups(self) -> list:
-        return self.muon.param_groups + self.adamw.param_groups
-
     def schedule(self, progress: float) -> float:
-        """Sets what depends on the share of the budget; returns the learning-rate factor."""
-        factor = lr_factor(progress)
-        for group in self.param_groups():
+        """Sets what depends on the share of the budget; returns the learning-rate factor: 1, then linearly to LR_FLOOR.
+        Muon's momentum goes from START to PEAK over the build-up, from PEAK to END over the warm-down."""
+        built = min(1.0, progress / max(MOMENTUM_BUILDUP, 1e-9))
+        cooled = min(1.0, max(0.0, 1 - (1 - progress) / max(WARMDOWN, 1e-9)))
+        factor = 1 - (1 - LR_FLOOR) * cooled
+        momentum = MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * built + (MOMENTUM_END - MOMENTUM_PEAK) * cooled
+        for group in self.param_groups:
             group["lr"] = factor * group["peak_lr"]
         for group in self.muon.param_groups:
-            group.update(momentum=momentum_at(progress), decay=MATRIX_DECAY * (1 - progress))
+            group.update(momentum=momentum, decay=MATRIX_DECAY * (1 - progress))
         return factor
 
     def loss(self, x, y):
         """Mean loss, nats per token, of predicting y (B, T) from x (B, T)."""
         window, length = min(self.model.windows), x.shape[1]
         block_mask = sparse_mask(window, length, x.device) if self.has_flex and window < length else None
-        return self.head_loss(self.model.head, self.model.hidden(x, self.block, block_mask), y)
+        return self.head_loss(self.model.head, self.model.recall.gate, y, *self.model.hidden(x, self.block, block_mask))
 
     def step(self, batches):
         """One optimizer step on the micro-batches (x, y); returns their mean loss, left on the device."""
@@ -485,44 +501,38 @@ class Trainer:
         self.model.zero_grad()
         return total
 
-    def warm_up(self, batch):
-        """Compiles and allocates by two steps on a dummy batch (x, y), then puts everything back as it was. Where flex
-        attention fails, another kernel takes the short windows from here on."""
-        try:
-            return self.try_steps(batch)
-        except RuntimeError as error:
-            if not self.has_flex or is_out_of_memory(error):
-                raise
-            print(f"short windows are computed in blocks, as flex attention fails: {str(error)[:500]}", flush=True)
-            self.has_flex = False
-        self.try_steps(batch)  # here, where the error no longer holds the memory of the first attempt
 
-    def try_steps(self, batch):
-        """Two steps on a batch (x, y) that leave no trace, whether or not they fail."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        saved = [t.detach().clone() for t in tensors]
-        optimizers = [self.muon, self.adamw]
-        states = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
+# (compiled, with flex attention) by device: flex attention has gradients on CUDA only, MPS no dependable compiler
+WAYS = dict(cuda=[(True, True), (True, False), (False, False)], cpu=[(True, False), (False, False)])
+
+
+def warmed_up(model, batch, ways: list) -> Trainer:
+    """A trainer in the first of the ways that works, compiled and allocated by two steps of a copy on a batch."""
+    for compiled, has_flex in ways:
         try:
+            copied = Trainer(copy.deepcopy(model), compiled, has_flex)
             with torch.random.fork_rng():
                 for _ in range(2):
-                    self.step([batch] * self.micro_batches)
-        finally:
-            self.model.zero_grad()
-            with torch.no_grad():
-                torch._foreach_copy_(tensors, saved)
-            for optimizer, state in zip(optimizers, states):
-                optimizer.load_state_dict(state)
+                    copied.step([[part[: copied.rows] for part in batch]] * copied.micro_batches)
+            return Trainer(model, compiled, has_flex)  # by the same compiled functions
+        except RuntimeError as error:
+            no_compiler = re.search(r"CxxCompiler|TritonMissing|Python\.h", str(error))
+            if out_of_memory(error) or not (has_flex or no_compiler):
+                raise
+            print(f"without {'flex attention' if has_flex else 'a compiler'}: {str(error)[:500]}", flush=True)
 
 
-def shuffled_starts(num_tokens: int, length: int, rows: int, device):
-    """Yields (rows,) starts of windows of `length` tokens and their successors, forever. An epoch cuts the whole stream
-    into windows that follow each other, from a random first offset, and shuffles them."""
+def shuffled_starts(num_tokens: int, length: int, rows: int, device, half: int | None):
+    """Yields (rows,) starts of windows of `length` tokens and their successors, forever. An epoch cuts the stream into
+    windows that follow each other, from a random first offset, and shuffles them: those within pieces of that half."""
     queue = torch.empty(0, dtype=torch.int64, device=device)
     while True:
         while len(queue) < rows:
             first = int(torch.randint(min(length, num_tokens - length), ()))
             epoch = torch.arange(first, num_tokens - length, length, device=device)
+            if half is not None:
+                ends = torch.stack([epoch, epoch + length])
+                epoch = epoch[(ends // (num_tokens // PIECES) % 2 == half).all(0)]
             queue = torch.cat([queue, epoch[torch.randperm(len(epoch), device=device)]])
         yield queue[:rows]
         queue = queue[rows:]
@@ -534,8 +544,7 @@ class Log:
     def __init__(self, data, tokens_per_step: int):
         self.data, self.tokens_per_step = data, tokens_per_step
         self.step = self.printed_step = 0
-        self.printed_s = -LOG_EVERY_S
-        self.loss_sum = 0.0  # since the last line
+        self.printed_s, self.loss_sum = -LOG_EVERY_S, 0.0  # of the last line; since then
 
     def add(self, loss, factor: float):
         """Counts a step; loss is a tensor on the device."""
@@ -547,8 +556,7 @@ class Log:
 
     def show(self):
         """One line with the mean loss and speed since the last line. A loss that is not finite ends the run: exit 1."""
-        steps = self.step - self.printed_step
-        loss = float(self.loss_sum) / steps
+        loss = float(self.loss_sum) / (steps := self.step - self.printed_step)
         now_s = self.data.elapsed()
         speed = steps * self.tokens_per_step / (now_s - max(0.0, self.printed_s))
         done = f"step {self.step} ({100 * self.data.progress():.1f}%)"
@@ -559,21 +567,30 @@ class Log:
 
 
 def train(data, trainer: Trainer, tokens_per_step: int) -> int:
-    """Steps until the budget is used up; returns how many."""
-    starts = shuffled_starts(data.num_tokens, data.seq_len, trainer.rows, data.device)
-    log = Log(data, tokens_per_step)
-    while not data.expired():
-        factor = trainer.schedule(data.progress())
-        batches = (data.gather(next(starts), data.seq_len) for _ in range(trainer.micro_batches))
-        log.add(trainer.step(batches), factor)
+    """Steps until the budget is used up; returns how many. The model learns from one half of the text and recalls the
+    other, as what it recalls is never what it is scored on; then the other way round. At last it recalls both."""
+    recall, log, spare = trainer.model.recall, Log(data, tokens_per_step), 0.0
+    halves = (0, 1) if recall.tables and data.num_tokens > 4 * PIECES * data.seq_len else (None,)
+    pieces = torch.arange(PIECES) * (data.num_tokens // PIECES)
+    length = min(data.num_tokens // PIECES - 1, PIECE_TOKENS)
+    for end, half in enumerate(halves, 1):
+        began = data.progress()
+        if half is not None:
+            recall.remember(data.gather(pieces[1 - half :: 2], length)[0], data.vocab_size)
+            spare = half * 3 * (data.progress() - began)  # of the budget, for remembering both
+        starts = shuffled_starts(data.num_tokens, data.seq_len, trainer.rows, data.device, half)
+        while data.progress() < end / len(halves) - spare:
+            factor = trainer.schedule(data.progress())
+            batches = (data.gather(next(starts), data.seq_len) for _ in range(trainer.micro_batches))
+            log.add(trainer.step(batches), factor)
     if log.step > log.printed_step:
         log.show()
+    if half is not None:
+        recall.remember(data.gather(pieces, length)[0], data.vocab_size)
     return log.step
 
 
-# ---------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------
+# ---- The run ---------------------------------------------------------------------------------------------------------
 
 PEAK_FLOPS = {  # dense bf16 FLOP/s, by a part of the device's name
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
@@ -581,57 +598,41 @@ PEAK_FLOPS = {  # dense bf16 FLOP/s, by a part of the device's name
 }  # fmt: skip
 
 
-def flops_per_token(model, seq_len: int) -> float:
-    """Training FLOPs: 6 per matrix weight, and 12 per channel, block and key that a query sees (mean)."""
-    weights = sum(p.numel() for p in matrix_parameters(model)) + model.head.weight.numel()
+def mfu_percent(model, seq_len: int, tokens_per_s: float, device) -> float:
+    """Share of the GPU's peak in percent, 0 where that is not known. A token costs 6 FLOPs per matrix weight and 12 per
+    channel, block and key that a query sees (mean)."""
+    weights = sum(p.numel() for p in model.blocks.parameters()) + model.head.weight.numel()
     keys = sum(window * (seq_len - (window - 1) / 2) / seq_len for window in model.windows)
-    return 6 * weights + 12 * model.head.in_features * keys
-
-
-def mfu_percent(flops_per_s: float, device) -> float:
-    """Share of the GPU's peak in percent; 0 where the peak is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((PEAK_FLOPS[part] for part in PEAK_FLOPS if part in name), math.inf)
-    return 100 * flops_per_s / peak
+    return 100 * tokens_per_s * (6 * weights + 12 * model.head.in_features * keys) / peak
 
 
-def describe(model, data, tokens_per_step: int, compiled: bool):
-    """Prints what is about to be trained."""
-    parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{data.preset}: {len(model.blocks)} blocks x {model.head.in_features} channels, windows {model.windows}, "
-        f"{parameters / 1e6:.1f} M parameters, {tokens_per_step} tokens per step, on {data.device}",
-        flush=True,
-    )
-    if not compiled:
-        print("torch.compile does not work here (no C++ compiler?): running uncompiled", flush=True)
-
-
-def memory_hint(preset: str) -> str:
-    """What to change when memory ran out."""
-    rows = SIZES[preset]["MICRO_ROWS"]
-    return (
-        f'Out of memory: in the line of "{preset}" of SIZES in train.py, lower MICRO_ROWS (now {rows}) to another '
-        "divisor of BATCH_ROWS: no result depends on it. At 1, lower BIGRAM_ROWS, HEADS or DEPTH."
-    )
+def out_of_memory(error: RuntimeError) -> str:
+    """What to change where a device, or the machine, had no memory left; empty for any other error."""
+    if not re.search("out of memory|(can't|cannot) allocate memory|not enough memory|ALLOC_FAILED", str(error)):
+        return ""
+    preset = prepare.active_preset()
+    rows = f'in the line of "{preset}" of SIZES in train.py, lower MICRO_ROWS (now {SIZES[preset]["MICRO_ROWS"]})'
+    more = "to another divisor of BATCH_ROWS: no result depends on it. At 1, lower RECALL_ROWS, HEADS or DEPTH."
+    return f"Out of memory: {rows} {more}"
 
 
 def run(data):
     """Trains on the data, writes the checkpoint, has it scored."""
-    size = sizes()
     model = build_model(data.vocab_size, data.seq_len).to(data.device)
-    compiled = can_compile(data.device.type)
-    trainer = Trainer(model, size, compiled)
+    depth, millions = len(model.blocks), sum(p.numel() for p in model.parameters()) / 1e6
+    shape = f"{depth} blocks x {model.head.in_features} channels, windows {model.windows}, {millions:.1f} M parameters"
+    print(f"{data.preset}: {shape}, on {data.device}", flush=True)
+    trainer = warmed_up(model, data.dummy_batch(model.size.BATCH_ROWS), WAYS.get(data.device.type, [(False, False)]))
     tokens_per_step = trainer.micro_batches * trainer.rows * data.seq_len
-    describe(model, data, tokens_per_step, compiled)
-    trainer.warm_up(data.dummy_batch(trainer.rows))
+    data.start(model)
     gc.freeze()
     gc.disable()  # a collection would stall the loop
-    data.start(model)
     steps = train(data, trainer, tokens_per_step)
     tokens = steps * tokens_per_step
-    mfu = mfu_percent(flops_per_token(model, data.seq_len) * tokens / data.elapsed(), data.device)
-    prepare.finish(model, steps=steps, tokens=tokens, depth=len(model.blocks), mfu_percent=mfu)
+    mfu = mfu_percent(model, data.seq_len, tokens / data.elapsed(), data.device)
+    prepare.finish(model, steps=steps, tokens=tokens, depth=depth, mfu_percent=mfu)
 
 
 def main():
@@ -640,9 +641,9 @@ def main():
     try:
         run(data)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        sys.exit(f"{error}\n{memory_hint(data.preset)}")
+        if hint := out_of_memory(error):
+            sys.exit(f"{error}\n{hint}")
+        raise
 
 
 if __name__ == "__main__":

@@ -688,7 +688,7 @@ def test_a_session_on_real_training(real, server):
     small = rewrite(line, f"    print('hello from the edit')\n{line}", "SET DEPTH = 3", description="three blocks")
     leak = "    class Leak(GPT):\n        def forward(self, idx):\n"
     leak += "            return super().forward(idx) + 20.0 * F.one_hot(idx.roll(-1, 1), vocab_size)\n"
-    model = "    return GPT(vocab_size, seq_len, sizes())"
+    model = "    return GPT(vocab_size, seq_len, SimpleNamespace(**SIZES[prepare.active_preset()]))"
     server.script += [small, rewrite(model, leak + model.replace("GPT", "Leak"))]
     words = "--experiments 3 --time-budget 2 --tag long --confirm never".split()
     done = checkout.run(*words, PATH=tools, OPENAI_BASE_URL=server.url)

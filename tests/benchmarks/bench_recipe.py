@@ -70,7 +70,7 @@ def measured(name: str, seed: int, budget_s: float, folder: Path) -> dict[str, f
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], metavar="N", help="one run of each (42 43 44)")
-    p.add_argument("--time-budget", type=float, default=prepare.TIME_BUDGET_S, metavar="S", help="seconds (300)")
+    p.add_argument("--time-budget", type=float, default=300.0, metavar="S", help="seconds (300)")
     p.add_argument("--only", choices=RECIPES, help="one of the two")
     args = p.parse_args()
     data, names = prepare.load(), [args.only] if args.only else [*RECIPES]

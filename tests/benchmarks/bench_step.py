@@ -23,7 +23,14 @@ KINDS = {  # of what a profile names, by the beginnings of the names; the first 
     "matrix products": ("aten::mm", "aten::bmm", "aten::addmm", "aten::_scaled_mm"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash", "aten::_efficient", "aten::_cudnn"),
     "compiled kernels": ("## Call CompiledFxGraph", "triton_"),
-    "embeddings": ("aten::embedding", "aten::index_select", "aten::native_batch"),
+    "embeddings": (
+        "aten::embedding",
+        "aten::index",
+        "aten::_embedding_bag",
+        "aten::sort",
+        "aten::scatter",
+        "aten::gather",
+    ),
     "AdamW": ("aten::_fused_adamw", "aten::_foreach"),
     "everything else": ("",),
 }
@@ -35,11 +42,11 @@ class Loop:
     def __init__(self):
         self.data = data = prepare.load()
         model = train.build_model(data.vocab_size, data.seq_len).to(data.device)
-        self.trainer = train.Trainer(model, train.sizes(), train.can_compile(data.device.type))
-        self.trainer.warm_up(data.dummy_batch(self.trainer.rows))
+        self.trainer = train.warmed_up(model, data.dummy_batch(model.size.BATCH_ROWS), train.WAYS[data.device.type])
         gc.disable()
         data.start(model)
-        self.starts = train.shuffled_starts(data.num_tokens, data.seq_len, self.trainer.rows, data.device)
+        model.recall.remember(data.gather([0], min(data.num_tokens - 1, 2**20))[0], data.vocab_size)
+        self.starts = train.shuffled_starts(data.num_tokens, data.seq_len, self.trainer.rows, data.device, 0)
         self.on_gpu = data.device.type == "cuda"
 
     def batches(self):
