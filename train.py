@@ -48,7 +48,7 @@ SIZES = {  # the row of the active preset is used
 WINDOW_PATTERN = "SSSL"  # S: short window, L: full; repeated over the blocks; the last block is always full
 MLP_RATIO = 4.0  # hidden channels of the MLP per channel of the model [0.5, 8]
 ROPE_BASE = 10000.0  # longest wavelength of the rotary embedding, about this many times 2 pi tokens [100, 1000000]
-SOFTCAP = 30.0  # the head's logits stay within that, x / (1 + |x| / SOFTCAP); a tanh takes 8 % of a step [10, 100]
+SOFTCAP = 30.0  # the head's logits stay within +-SOFTCAP: x / (1 + |x| / SOFTCAP), as a tanh costs 8 % [10, 100]
 GATE_CHANNELS = 32  # channels of a block's input that drive the gates of its value embedding [1, 128]
 EMBED_MIX_INIT = 0.1  # share of the token embedding mixed in before every block, at the start [0, 1]
 ROW_GRAMS = 3  # guesses from the row go by its last 1 to so many tokens [1, 8]
@@ -61,7 +61,7 @@ EMBED_LR = 0.8  # token embedding [0.05, 5]
 GUESS_LR = 0.3  # embedding of guesses [0.02, 2]
 VALUE_LR = 0.8  # value embeddings [0.05, 5]
 HEAD_LR = 0.01  # output head [0.001, 0.1]
-GATE_LR = 0.01  # what gates the guesses' logits [0.001, 0.1]
+GUESS_GATE_LR = 0.01  # what gates the guesses' logits [0.001, 0.1]
 WORTH_LR = 0.05  # what each kind of guess is worth [0.005, 0.5]
 CONV_LR = 0.1  # weights of the convolutions [0.01, 1]
 RESIDUAL_LR = 0.015  # per-block scale of the residual stream [0.001, 0.1]
@@ -197,9 +197,9 @@ class Recall(nn.Module):
         self.gate = Linear(width, ROW_GRAMS + self.tables, bias=False)
 
     @torch.no_grad()
-    def remember(self, text, vocab_size: int):
+    def remember(self, text):
         """Counts what followed what in text, int64 (pieces, T), in place of what was counted before."""
-        rows = self.token.shape[1]
+        rows, vocab_size = self.token.shape[1], self.embedding.num_embeddings
         for n, tables in enumerate(zip(self.token, self.kind), 2):
             context = grams(text, n)[:, n - 1 : -1] % rows
             found, count = torch.unique(context * vocab_size + text[:, n:], return_counts=True)
@@ -223,8 +223,8 @@ class Recall(nn.Module):
 
     def forward(self, idx):
         """Guesses for idx (B, T): tokens and kinds, (B, T, guesses)."""
-        found = [torch.stack([self.in_row(idx, n) for n in range(1, ROW_GRAMS + 1)], 3)]
-        found[0][1] += 16 * (found[0][1] > 0) * (found[0][1] > 0).sum(2, keepdim=True)  # how many tokens agree
+        token, kind = torch.stack([self.in_row(idx, n) for n in range(1, ROW_GRAMS + 1)], 3)
+        found = [torch.stack([token, kind + 16 * (kind > 0) * (kind > 0).sum(2, keepdim=True)])]  # how many agree
         for n in range(2, self.tables + 2):
             row = grams(idx, n) % self.token.shape[1]
             found.append(torch.stack([self.token[n - 2, row], self.kind[n - 2, row]]).long())
@@ -435,7 +435,7 @@ def adamw(model) -> torch.optim.Optimizer:
         dict(params=[model.embedding.weight], lr=EMBED_LR * scale, betas=betas, weight_decay=EMBED_DECAY),
         dict(params=[model.recall.embedding.weight], lr=GUESS_LR * scale, betas=betas, weight_decay=EMBED_DECAY),
         dict(params=[model.recall.worth.weight], lr=WORTH_LR, betas=betas, weight_decay=0.0),
-        dict(params=[model.recall.gate.weight], lr=GATE_LR, betas=betas, weight_decay=0.0),
+        dict(params=[model.recall.gate.weight], lr=GUESS_GATE_LR, betas=betas, weight_decay=0.0),
         dict(params=model.value_embeddings.parameters(), lr=VALUE_LR * scale, betas=betas, weight_decay=VALUE_DECAY),
         dict(params=[model.head.weight], lr=HEAD_LR * scale, betas=betas, weight_decay=HEAD_DECAY),
         dict(params=[model.conv_taps], lr=CONV_LR, betas=betas, weight_decay=0.0),
@@ -503,17 +503,17 @@ class Trainer:
 
 
 # (compiled, with flex attention) by device: flex attention has gradients on CUDA only, MPS no dependable compiler
-WAYS = dict(cuda=[(True, True), (True, False), (False, False)], cpu=[(True, False), (False, False)])
+WAYS = dict(cuda=[(True, True), (True, False), (False, False)], cpu=[(True, False), (False, False)], mps=[(False,) * 2])
 
 
-def warmed_up(model, batch, ways: list) -> Trainer:
-    """A trainer in the first of the ways that works, compiled and allocated by two steps of a copy on a batch."""
+def warmed_up(model, dummy_batch, ways: list) -> Trainer:
+    """A trainer in the first of the ways that works, compiled and allocated by two steps of a copy on dummy_batch."""
     for compiled, has_flex in ways:
         try:
             copied = Trainer(copy.deepcopy(model), compiled, has_flex)
             with torch.random.fork_rng():
                 for _ in range(2):
-                    copied.step([[part[: copied.rows] for part in batch]] * copied.micro_batches)
+                    copied.step([dummy_batch(copied.rows)] * copied.micro_batches)
             return Trainer(model, compiled, has_flex)  # by the same compiled functions
         except RuntimeError as error:
             no_compiler = re.search(r"CxxCompiler|TritonMissing|Python\.h", str(error))
@@ -576,7 +576,7 @@ def train(data, trainer: Trainer, tokens_per_step: int) -> int:
     for end, half in enumerate(halves, 1):
         began = data.progress()
         if half is not None:
-            recall.remember(data.gather(pieces[1 - half :: 2], length)[0], data.vocab_size)
+            recall.remember(data.gather(pieces[1 - half :: 2], length)[0])
             spare = half * 3 * (data.progress() - began)  # of the budget, for remembering both
         starts = shuffled_starts(data.num_tokens, data.seq_len, trainer.rows, data.device, half)
         while data.progress() < end / len(halves) - spare:
@@ -586,7 +586,7 @@ def train(data, trainer: Trainer, tokens_per_step: int) -> int:
     if log.step > log.printed_step:
         log.show()
     if half is not None:
-        recall.remember(data.gather(pieces, length)[0], data.vocab_size)
+        recall.remember(data.gather(pieces, length)[0])
     return log.step
 
 
@@ -623,8 +623,8 @@ def run(data):
     model = build_model(data.vocab_size, data.seq_len).to(data.device)
     depth, millions = len(model.blocks), sum(p.numel() for p in model.parameters()) / 1e6
     shape = f"{depth} blocks x {model.head.in_features} channels, windows {model.windows}, {millions:.1f} M parameters"
-    print(f"{data.preset}: {shape}, on {data.device}", flush=True)
-    trainer = warmed_up(model, data.dummy_batch(model.size.BATCH_ROWS), WAYS.get(data.device.type, [(False, False)]))
+    print(f"{data.preset}: {shape}, {model.size.BATCH_ROWS} rows per step, on {data.device}", flush=True)
+    trainer = warmed_up(model, data.dummy_batch, WAYS[data.device.type])
     tokens_per_step = trainer.micro_batches * trainer.rows * data.seq_len
     data.start(model)
     gc.freeze()

@@ -42,10 +42,10 @@ class Loop:
     def __init__(self):
         self.data = data = prepare.load()
         model = train.build_model(data.vocab_size, data.seq_len).to(data.device)
-        self.trainer = train.warmed_up(model, data.dummy_batch(model.size.BATCH_ROWS), train.WAYS[data.device.type])
+        self.trainer = train.warmed_up(model, data.dummy_batch, train.WAYS[data.device.type])
         gc.disable()
         data.start(model)
-        model.recall.remember(data.gather([0], min(data.num_tokens - 1, 2**20))[0], data.vocab_size)
+        model.recall.remember(data.gather([0], min(data.num_tokens - 1, 2**20))[0])
         self.starts = train.shuffled_starts(data.num_tokens, data.seq_len, self.trainer.rows, data.device, 0)
         self.on_gpu = data.device.type == "cuda"
 
