@@ -57,11 +57,12 @@ def batches(images, labels):
 
 def train(data, model):
     """Steps until the budget is used up; returns how many."""
+    model, images = (x.to(memory_format=torch.channels_last) for x in (model, data.images))  # convolves faster
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY, nesterov=True)
-    for step, (images, labels) in enumerate(batches(data.images, data.labels), 1):
+    for step, (batch, labels) in enumerate(batches(images, data.labels), 1):
         for group in optimizer.param_groups:
             group["lr"] = RATE * max(0.0, rate_at(data.progress()))
-        loss = F.cross_entropy(model(images), labels, label_smoothing=SMOOTHING)
+        loss = F.cross_entropy(model(batch), labels, label_smoothing=SMOOTHING)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
