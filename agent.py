@@ -47,7 +47,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from urllib.parse import urlsplit
 
 # ---- Constants -------------------------------------------------------------------------------------------------------
@@ -98,6 +98,7 @@ UNPROTECTED = "What the model writes runs with your rights: it can read your fil
 WAYS_ON = "Set OPENAI_API_KEY, or OPENAI_BASE_URL (with /v1) for a local server, or use no model: --proposer search"
 BOOTTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # a clock that goes on while the machine sleeps
 TOO_GOOD = "too good to believe at once"
+SEARCHED, MOVE = "Local search: ", re.compile(r"(\w+) ([-+.e\d]+) -> ([-+.e\d]+)")  # a hypothesis of the search's
 
 REPLY_FORMAT = """\
 You improve train.py, one experiment at a time. Answer in plain text, in exactly this form:
@@ -966,34 +967,73 @@ def guard(text: str, base: str, tried: dict[str, Row], task: Task, rules: bool =
         raise EditError(" ".join(new[:3]))
 
 
-def moved(knob: Knob, rng: random.Random) -> object:
-    """Another value near a knob's own: doubled or halved, a log-normal step, or an additive one for fractions."""
-    value, step = knob.value, rng.gauss(0, 0.3)
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int) and value >= 16 and value & (value - 1) == 0:  # a power of two stays one
+def is_share(knob: Knob) -> bool:
+    """Whether a knob's values go from 0 to 1."""
+    return 0 < knob.value < 1 if knob.low is None else 0 <= knob.low and knob.high <= 1
+
+
+def position(knob: Knob, value: float) -> float:
+    """Where a value stands on the scale that the search walks on: log2 of its size, or of the odds of a share."""
+    size = min(max(abs(value or (knob.high or 1) / 200), 1e-30), 1e30)
+    return math.log2(size / max(1 - size, 1e-9) if is_share(knob) else size)
+
+
+def stepped(knob: Knob, step: float) -> float:
+    """The knob's value after a step on that scale, of its type and within its bounds; a power of two stays one."""
+    value, size = knob.value, 2 ** (position(knob, knob.value) + step)
+    if isinstance(value, int) and value >= 16 and value & (value - 1) == 0:
         new = value * 2 if step > 0 else value // 2
         return value if knob.low is not None and not knob.low <= new <= knob.high else new
-    new = value + step * min(value, 1 - value) if 0.1 <= value < 1 else (value or 0.01) * math.exp(step)
+    new = math.copysign(size / (1 + size) if is_share(knob) else size, value) if value or step > 0 else value
     if isinstance(value, int):
         new = round(new) if round(new) != value else value + int(math.copysign(1, step))
     new = new if knob.low is None else min(max(new, knob.low), knob.high)
-    return int(new) if isinstance(value, int) else float(f"{new:.3g}")
+    return int(new) if isinstance(value, int) else float(f"{new:.{5 if 0.9 < new < 1 else 3}g}")
 
 
-def search_proposal(text: str, key: str, tried: dict[str, Row], task: Task) -> Row:
-    """One to three hyperparameters with bounds moved a little, the same for the same key. Raises UserError."""
-    numbers = [k for k in knobs(text, task.preset).values() if isinstance(k.value, (int, float))]
-    numbers = [k for k in numbers if k.low is not None] or numbers  # bounds say that a line is meant to be searched
-    rng = random.Random(key)
-    for _ in range(300):
-        chosen = rng.sample(numbers, min(len(numbers), rng.choice((1, 1, 1, 2, 2, 3))))
-        new = [(k, value) for k in chosen if (value := moved(k, rng)) != k.value]
+def search_proposal(text: str, key: str, tried: dict[str, Row], task: Task, rows: tuple[Row, ...] = ()) -> Row:
+    """One to three hyperparameters with bounds moved a little; the same for the same key and rows. Raises UserError.
+
+    Thompson sampling: what a move gains is taken to be a slope times its length, less a square, by hyperparameter. What
+    slopes and squares could be, after what the search's own moves gained in these rows, is drawn at random; of the
+    moves that would then be best the first few are made.
+    """
+    import numpy as np
+
+    known = [k for k in knobs(text, task.preset).values() if type(k.value) in (int, float)]
+    known = [k for k in known if k.low is not None] or known  # bounds say that a line is meant to be searched
+    index, n = {k.name: i for i, k in enumerate(known)}, len(known)
+    here = np.array([position(k, k.value) for k in known])
+    rows = [r for r in rows if r.proposer == "search" and r.hypothesis.startswith(SEARCHED) and r.bar is not None]
+    gains = np.array([math.nan if r.score is None else task.gain(r.score, r.bar) for r in rows])
+    unit = max(median([*np.abs(gains[~np.isnan(gains)])] or [1.0]), task.noise / 2, 1e-12)
+    made = np.zeros((len(rows), 2 * n))  # by row: how far it moved each; what the squares lose by that, from here
+    for line, r in zip(made, rows):
+        for name, *ends in MOVE.findall(r.hypothesis):
+            with contextlib.suppress(ValueError, LookupError):
+                i = index[name]
+                old, new = (position(known[i], float(end)) - here[i] for end in ends)
+                line[i], line[n + i] = new - old, old**2 - new**2
+    prior, spread = np.repeat([0.0, 1.0], n), np.repeat([2.0, 1.0], n)  # of the slopes, then the squares, in that unit
+    weight = 0.5 / max(task.noise / unit, 0.5) ** 2  # of a difference of two runs, and of what is neither
+    precision = np.diag(spread**-2) + weight * made.T @ made
+    told = np.clip(np.nan_to_num(gains / unit, nan=-2.0), -8, 8)  # a crash tells little of what made it
+    mean = np.linalg.solve(precision, prior / spread**2 + weight * told @ made)
+    root, rng = np.linalg.inv(np.linalg.cholesky(precision)).T, random.Random(key)
+    for attempt in range(300):
+        slopes, squares = np.split(mean + 0.5 * root @ [rng.gauss(0, 1) for _ in mean], 2)
+        squares = np.maximum(squares, 0.1)
+        astray = [attempt / 50 * rng.gauss(0, 1) for _ in known]  # ever more, where all that is near was tried
+        steps = np.clip(slopes / (2 * squares), -0.7, 0.7) + astray
+        values = [stepped(k, step) for k, step in zip(known, steps)]
+        steps = np.array([position(k, value) for k, value in zip(known, values)]) - here  # as they can be made
+        order = np.argsort(squares * steps**2 - slopes * steps, kind="stable")
+        new = [(known[i], values[i]) for i in order if values[i] != known[i].value][: rng.randint(1, 3)]
         edits = tuple(Edit("set", k.name, repr(value)) for k, value in new)
         with contextlib.suppress(EditError):
             guard(apply_edits(text, edits, task.preset), text, tried, task)
-            description = ", ".join(f"{k.name} {k.value} -> {value}" for k, value in new)
-            return Row(description[:80], "A small step of local search.", edits)
+            moves = ", ".join(f"{k.name} {k.value} -> {value}" for k, value in new)  # as MOVE reads them
+            return Row(moves[:80], SEARCHED + moves, edits)
     raise UserError("the search finds no untried step: train.py needs lines `NAME = number  # what [low, high]`")
 
 
@@ -2151,7 +2191,7 @@ def candidate(s: Session, state: State) -> Job | None:
             s.screen.say(f"      no proposal from {s.model} ({error}); the search makes this one")
     try:
         key = f"{s.config.tag}/{state.next_id}"
-        row = row or replace(search_proposal(state.text, key, tried, s.task), instead=instead)
+        row = row or replace(search_proposal(state.text, key, tried, s.task, state.history), instead=instead)
     except UserError as nothing:
         if not instead:
             raise

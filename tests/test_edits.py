@@ -1,5 +1,7 @@
 """Replies, edits, hyperparameters, the search's steps, when two programs are one: pytest tests/test_edits.py"""
 
+import math
+import random
 import re
 import time
 from pathlib import Path
@@ -281,17 +283,26 @@ def test_hyperparameters_are_read_with_values_and_bounds():
     assert agent.knobs(TEXT, "mac")["DEPTH"].value == 8 and "DEPTH" not in agent.knobs(TEXT, "datacenter")
 
 
-def searched(text, key, tried=None):
-    found = agent.search_proposal(text, key, tried or {}, TASK)
+def searched(text, key, tried=None, rows=(), task=TASK):
+    found = agent.search_proposal(text, key, tried or {}, task, rows)
     return found, agent.apply_edits(text, found.edits, "cpu")
 
 
 def test_the_same_key_gives_the_same_step_in_every_version():
-    assert searched(TEXT, "nov21/0002")[0].description == "DECAY 0.2 -> 0.226"
-    assert searched(TEXT, "t/0003")[0].description == "DECAY 0.2 -> 0.193, DEPTH 4 -> 5, ROWS 64 -> 128"
+    assert searched(TEXT, "nov21/0002")[0].description == "DECAY 0.2 -> 0.289"
+    assert searched(TEXT, "t/0003")[0].description == "DECAY 0.2 -> 0.133, RATE 1.0 -> 0.616"
 
 
-BOUNDS = {"0.0": (0, 0.1), "1": (1, 3), "0.95": (0.9, 0.99), "-0.5": (-1, 0), "2": (1, 4), "1.0": (0.01, 100)}
+BOUNDS = {
+    "0.999": (0.9, 0.9999),
+    "1e-10": (1e-12, 1e-6),
+    "0.0": (0, 0.1),
+    "1": (1, 3),
+    "0.95": (0.9, 0.99),
+    "-0.5": (-1, 0),
+    "2": (1, 4),
+    "1.0": (0.01, 100),
+}
 
 
 @pytest.mark.parametrize("old", BOUNDS)
@@ -307,6 +318,77 @@ def test_the_search_moves_one_to_three_bounded_numbers_within_their_bounds_and_t
         assert 0 <= decay <= 1 and rows in (32, 64, 128) and depth in range(1, 13)
         rates.add(new["RATE"].value)
     assert len(rates) > 1
+
+
+def of_search(moves, score, **changes):
+    """A row of the search's, which had to beat 1.0; no score: a crash."""
+    return agent.Row("", f"Local search: {moves}", bar=1.0, score=score, **changes)
+
+
+def share_moved(*rows, task=TASK, old="1.0", bounds="[0.01, 100]"):
+    """How many of 100 proposals after these rows lower RATE by more than a tenth of its odds, and how many raise it."""
+    text = TEXT.replace("RATE = 1.0  # best at 3 [0.01, 100]", f"RATE = {old}  # {bounds}")
+    rates = [agent.knobs(searched(text, f"k{i}", {}, rows, task)[1], "cpu")["RATE"] for i in range(100)]
+    moves = [agent.position(rate, rate.value) - agent.position(rate, float(old)) for rate in rates]
+    return sum(move < -0.15 for move in moves), sum(move > 0.15 for move in moves)
+
+
+def test_the_search_goes_on_where_it_gained_turns_where_it_lost_and_stays_where_both_ways_lose():
+    other = of_search("DECAY 0.2 -> 0.21, DEPTH 4 -> 5", 0.9999)
+    down, up = share_moved(of_search("RATE 1.0 -> 1.5", 0.99), other)
+    assert up > 80 and down < 5
+    down, up = share_moved(of_search("RATE 1.0 -> 1.5", 1.01), other)
+    assert down > 60 and up < 5
+    higher = agent.replace(TASK, lower_is_better=False)
+    down, up = share_moved(of_search("RATE 1.0 -> 1.5", 1.01), agent.replace(other, score=1.0001), task=higher)
+    assert up > 80 and down < 5
+    down, up = share_moved(of_search("RATE 0.998 -> 0.999", 0.99), other, old="0.999", bounds="[0, 1]")
+    assert up > 40 and down < 5
+    both = of_search("RATE 1.0 -> 1.5", 1.01), of_search("RATE 1.0 -> 0.7", 1.01)
+    assert sum(share_moved(*both, other)) < 20 < sum(share_moved(other))
+
+
+def test_the_search_learns_from_what_it_moved_itself_and_odd_rows_harm_nothing():
+    blind = share_moved()
+    for changes in ({"proposer": "peer"}, {"proposer": "llm"}, {"hypothesis": "RATE 1.0 -> 1.5"}):
+        assert share_moved(agent.replace(of_search("RATE 1.0 -> 1.5", 0.9), **changes)) == blind
+    odd = [
+        "",
+        "RATE",
+        "RATE 1.0 -> x",
+        "GONE 1 -> 2",
+        "RATE - -> e",
+        "RATE 1.7e308+1.7e308j -> 1",
+        "RATE 1e-999 -> 1e999",
+    ]
+    rows = [of_search(text, score) for text in [*odd, "RATE 1 -> " + "9" * 400] for score in (0.9, 1e99, None)]
+    assert searched(TEXT, "k", {}, rows)[0].edits
+    crashed = share_moved(of_search("RATE 1.0 -> 1.5, DECAY 0.2 -> 0.3", None), of_search("DEPTH 4 -> 5", 1.001))
+    assert 0 < crashed[1] < crashed[0] < 60  # an innocent one is not nailed to the other side
+
+
+def test_the_search_does_not_run_dry_where_there_is_more_to_try():
+    for left, least in ({"RATE"}, 60), ({"DEPTH"}, 8), ({"RATE", "DEPTH"}, 120):
+        text, rows, tried = re.sub(r"^(RATE|DECAY|ROWS) = (\S+) .*", r"\1 = \2", TEXT, flags=re.M), [], {}
+        text = text.replace("RATE = 1.0", "RATE = 1.0  # [0.01, 100]") if "RATE" in left else text
+        text = text if "DEPTH" in left else text.replace("# DEPTH: best at 6 [1, 12]", "# DEPTH: no bounds")
+        for i in range(least):  # everything loses
+            row, new = searched(text, f"k{i}", tried, tuple(rows), agent.replace(TASK, noise=0.0))
+            assert {edit.old for edit in row.edits} <= left
+            tried[agent.program_key(new)] = row
+            rows.append(agent.replace(row, score=1.0 + len(row.edits) * 0.01, bar=1.0))
+
+
+def test_the_search_finds_what_is_wrong_among_many():
+    task, idle = agent.replace(TASK, noise=0.05), "".join(f"IDLE_{i} = 1.0  # nothing [0.1, 10]\n" for i in range(20))
+    for trial in range(5):
+        text, rows, best = TEXT.replace("RATE = 1.0", f"{idle}RATE = 1.0"), [], math.log2(3)
+        for i in range(40):
+            row, new = searched(text, f"{trial}/{i}", {}, rows, task)
+            score = abs(math.log2(agent.knobs(new, "cpu")["RATE"].value / 3)) + random.Random(i).gauss(0, task.noise)
+            rows.append(agent.replace(row, score=score, bar=best))
+            text, best = (new, score) if score < best else (text, best)
+        assert 2 < agent.knobs(text, "cpu")["RATE"].value < 4.5, trial
 
 
 def test_the_search_is_seeded_by_the_key_and_repeats_nothing():

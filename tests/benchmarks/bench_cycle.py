@@ -1,7 +1,7 @@
 """What a run costs beside its budget, in seconds, on this machine: python tests/benchmarks/bench_cycle.py
 
-The repository's train.py in a real session in a temporary clone: the baseline, with no compile cache, then small steps of
-the search, with one. Data: $AUTORESEARCH_CACHE, prepared first if need be, which is not counted.
+The repository's train.py in a real session in a temporary clone: the baseline, with no compile cache, then steps of the
+search, with one. Data: $AUTORESEARCH_CACHE, prepared first if need be, which is not counted.
 """
 
 import argparse
