@@ -28,18 +28,18 @@ SIZES = {  # the row of the active preset is used
     # HEAD_DIM: channels per head, rounded to a multiple of 8 [16, 256]
     # WINDOW: tokens that a short-window block sees, itself included; seq_len or more means all [16, 2048]
     # VALUE_EVERY: the last block and every n-th before it has a value embedding, blocks [1, 24]
-    # RECALL_ROWS: rows of each table of what followed in the text, best a power of two; 0: no guesses [0, 4194304]
+    # RECALL_PAIRS: what followed in the text that is remembered, at most; 0: no guesses [0, 33554432]
     # BATCH_ROWS: rows of seq_len tokens per optimizer step [1, 512]
     # MICRO_ROWS: rows that are in memory at once, at most; no result depends on it, lower it when memory runs out
     # MATRIX_LR: Muon's rate for the matrices of the blocks [0.002, 0.2]
     # MUON_STEPS: Newton-Schulz steps that make an update orthogonal; 5 take an eighth of a step on a CPU [1, 5]
-    "datacenter": dict(DEPTH=8, HEADS=6, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, RECALL_ROWS=0, BATCH_ROWS=64,
+    "datacenter": dict(DEPTH=8, HEADS=6, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, RECALL_PAIRS=0, BATCH_ROWS=64,
                        MICRO_ROWS=32, MATRIX_LR=0.04, MUON_STEPS=5),
-    "consumer": dict(DEPTH=6, HEADS=4, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, RECALL_ROWS=0, BATCH_ROWS=32,
+    "consumer": dict(DEPTH=6, HEADS=4, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, RECALL_PAIRS=0, BATCH_ROWS=32,
                      MICRO_ROWS=16, MATRIX_LR=0.04, MUON_STEPS=5),
-    "mac": dict(DEPTH=4, HEADS=2, HEAD_DIM=128, WINDOW=128, VALUE_EVERY=1, RECALL_ROWS=0, BATCH_ROWS=16,
+    "mac": dict(DEPTH=4, HEADS=2, HEAD_DIM=128, WINDOW=128, VALUE_EVERY=1, RECALL_PAIRS=0, BATCH_ROWS=16,
                 MICRO_ROWS=16, MATRIX_LR=0.03, MUON_STEPS=5),
-    "cpu": dict(DEPTH=4, HEADS=2, HEAD_DIM=64, WINDOW=256, VALUE_EVERY=1, RECALL_ROWS=1048576, BATCH_ROWS=8,
+    "cpu": dict(DEPTH=4, HEADS=2, HEAD_DIM=64, WINDOW=256, VALUE_EVERY=1, RECALL_PAIRS=16777216, BATCH_ROWS=8,
                 MICRO_ROWS=8, MATRIX_LR=0.03, MUON_STEPS=3),
 }
 # fmt: on
@@ -52,22 +52,19 @@ SOFTCAP = 30.0  # the head's logits stay within +-SOFTCAP: x / (1 + |x| / SOFTCA
 GATE_CHANNELS = 32  # channels of a block's input that drive the gates of its value embedding [1, 128]
 EMBED_MIX_INIT = 0.1  # share of the token embedding mixed in before every block, at the start [0, 1]
 ROW_GRAMS = 3  # guesses from the row go by its last 1 to so many tokens [1, 8]
-TEXT_GRAMS = 3  # guesses from the training text go by the last 2, the last 3, ... tokens: so many tables [1, 6]
-SLOTS = 8  # guesses from each table: what followed most often [1, 16]
+TEXT_GRAMS = 5  # guesses from the training text go by the last 2, the last 3, ... tokens: so many sources [1, 8]
+SLOTS = 8  # guesses from each of these: what followed most often [1, 16]
 CONV_TAPS = 2  # tokens before the present one that the convolution in front of every attention blends in [1, 8]
 
-# AdamW: embeddings, head and scalars. The rates of the first four are for a width of 768 and grow as width ** -0.5
-EMBED_LR = 0.8  # token embedding [0.05, 5]
+# AdamW: embeddings, head and scalars. The rates of the first three are for a width of 768 and grow as width ** -0.5
+EMBED_LR = 0.8  # embeddings of tokens and of values [0.05, 5]
 GUESS_LR = 0.3  # embedding of guesses [0.02, 2]
-VALUE_LR = 0.8  # value embeddings [0.05, 5]
 HEAD_LR = 0.01  # output head [0.001, 0.1]
-GUESS_GATE_LR = 0.01  # what gates the guesses' logits [0.001, 0.1]
-WORTH_LR = 0.05  # what each kind of guess is worth [0.005, 0.5]
+KIND_LR = 0.05  # embedding of the kinds of guesses, and what each is worth [0.005, 0.5]
 CONV_LR = 0.1  # weights of the convolutions [0.01, 1]
 RESIDUAL_LR = 0.015  # per-block scale of the residual stream [0.001, 0.1]
 MIX_LR = 0.5  # per-block share of the token embedding [0.01, 2]
-EMBED_DECAY = 0.002  # weight decay of the embeddings of tokens and of guesses, times their rates [0, 0.05]
-VALUE_DECAY = 0.002  # weight decay of the value embeddings, times their rate [0, 0.05]
+EMBED_DECAY = 0.002  # weight decay of the embeddings of tokens, guesses and values, times their rates [0, 0.05]
 HEAD_DECAY = 0.005  # weight decay of the head, times its rate [0, 0.1]
 ADAM_BETA1 = 0.8  # mean of the gradient: share kept per step [0.5, 0.95]
 ADAM_BETA2 = 0.95  # mean of its square: share kept per step [0.8, 0.999]
@@ -165,14 +162,13 @@ def blend(x, taps):
 
 # Of guesses from a source; of the text, by turns of its one half and the other; tokens of a piece that are remembered
 KINDS, PIECES, PIECE_TOKENS = 256, 40, 2**17
+# What is remembered: contexts, sorted; a token that followed, most often first; how often: value of empty places, type
+TABLES = dict(context=(2**31 - 1, torch.int32), token=(0, torch.int16), kind=(0, torch.uint8))
 
 
 def grams(idx, n: int):
     """A number for the last n tokens at every position: idx (B, T) -> int64 (B, T). Before a row there are zeros."""
-    number = 0
-    for i in range(n):
-        number = number * 1000003 + F.pad(idx, (i, 0))[:, : idx.shape[1]]
-    return number
+    return sum(F.pad(idx, (i, 0))[:, : idx.shape[1]] * (1000003**i % 2**61) for i in range(n))
 
 
 def level(count):
@@ -184,33 +180,40 @@ class Recall(nn.Module):
     """Guesses at the next token: what followed the same tokens before, in the row and elsewhere in the training text.
 
     A guess is a token and its kind: its source, and how often or how far back it was seen; 0 is none. What a kind is
-    worth is learned: for the guess's embedding, as input of the blocks, and for its logit, gated by their output.
+    worth is learned, for the guess's logit and for its embedding, an input of the blocks; each first kind's is another.
     """
 
-    def __init__(self, rows: int, vocab_size: int, width: int):
+    def __init__(self, pairs: int, vocab_size: int, width: int):
         super().__init__()
-        self.tables = TEXT_GRAMS if rows else 0
-        for name in ("token", "kind"):  # of what followed in the text, most often first
-            self.register_buffer(name, torch.zeros(self.tables, rows, SLOTS, dtype=torch.int16))
-        self.embedding = nn.Embedding.from_pretrained(torch.zeros(vocab_size, width), freeze=False)
-        self.worth = nn.Embedding(KINDS * (ROW_GRAMS + self.tables), 2, padding_idx=0)
-        self.gate = Linear(width, ROW_GRAMS + self.tables, bias=False)
+        self.orders = range(2, TEXT_GRAMS + 2) if pairs else ()  # how many tokens the guesses from the text go by
+        for name, (none, dtype) in TABLES.items():
+            self.register_buffer(name, torch.full((pairs + SLOTS,), none, dtype=dtype))  # the last are empty
+        kinds = KINDS * (ROW_GRAMS + len(self.orders))
+        self.worth = nn.Embedding(kinds, 2, padding_idx=0)
+        self.embedding, self.kind_embedding = (nn.EmbeddingBag(n, width, mode="sum") for n in (vocab_size, kinds))
+
+    def context_of(self, idx, n: int):
+        """The last n tokens at every position as an int32 (B, T); those of each n have a range of their own."""
+        share = (2**32 - 1) // len(self.orders)
+        return (grams(idx, n) % share + (n - 2) * share - 2**31).int()
 
     @torch.no_grad()
-    def remember(self, text):
-        """Counts what followed what in text, int64 (pieces, T), in place of what was counted before."""
-        rows, vocab_size = self.token.shape[1], self.embedding.num_embeddings
-        for n, tables in enumerate(zip(self.token, self.kind), 2):
-            context = grams(text, n)[:, n - 1 : -1] % rows
-            found, count = torch.unique(context * vocab_size + text[:, n:], return_counts=True)
-            row, token = found // vocab_size, found % vocab_size
-            rest = count.new_zeros(rows).index_add_(0, row, count)[row] - count
-            kind = KINDS * (ROW_GRAMS + n - 2) + 16 * level(count) + level(rest)
-            order = (row * 2**32 - count).argsort()
-            slot = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
-            kept = order[slot < SLOTS]
-            for table, values in zip(tables, (token, kind)):
-                table.zero_()[row[kept], slot[slot < SLOTS]] = values[kept].short()
+    def counted(self, text):
+        """What followed what in text, int64 (pieces, T), as the three TABLES."""
+        found, counted, vocab_size = [], [], self.embedding.num_embeddings
+        for n in self.orders:
+            pair = self.context_of(text, n)[:, n - 1 : -1].long() * vocab_size + text[:, n:]
+            pair, count = torch.unique(pair, return_counts=True)
+            context, token = pair // vocab_size, pair % vocab_size
+            _, index, size = torch.unique_consecutive(context, return_inverse=True, return_counts=True)
+            rest = torch.zeros_like(size).index_add_(0, index, count)[index] - count
+            slot = torch.arange(len(pair), device=pair.device) - (size.cumsum(0) - size)[index]
+            best = (index * 2**32 - count).argsort()[slot < SLOTS]  # by context, most often first
+            found.append([x[best] for x in (context, token, 16 * level(count) + level(rest))])
+        for (none, dtype), parts in zip(TABLES.values(), zip(*found)):
+            table = torch.cat(parts)[: len(self.context) - SLOTS].to(dtype)  # where room is short, the longest go
+            counted.append(F.pad(table, (0, len(self.context) - len(table)), value=none))
+        return counted
 
     def in_row(self, idx, n: int):
         """What followed when the last n tokens stood in the row for the last time: tokens and kinds, (B, T)."""
@@ -225,9 +228,11 @@ class Recall(nn.Module):
         """Guesses for idx (B, T): tokens and kinds, (B, T, guesses)."""
         token, kind = torch.stack([self.in_row(idx, n) for n in range(1, ROW_GRAMS + 1)], 3)
         found = [torch.stack([token, kind + 16 * (kind > 0) * (kind > 0).sum(2, keepdim=True)])]  # how many agree
-        for n in range(2, self.tables + 2):
-            row = grams(idx, n) % self.token.shape[1]
-            found.append(torch.stack([self.token[n - 2, row], self.kind[n - 2, row]]).long())
+        for i, n in enumerate(self.orders, ROW_GRAMS):
+            context = self.context_of(idx, n)[..., None]
+            pair = torch.searchsorted(self.context, context) + torch.arange(SLOTS, device=idx.device)
+            known = self.context[pair] == context
+            found.append(torch.stack([self.token[pair].long(), self.kind[pair].long() + KINDS * i]) * known)
         return torch.cat(found, 3).unbind()
 
 
@@ -292,7 +297,7 @@ class GPT(nn.Module):
         self.windows = [min(size.WINDOW, seq_len) if kind == "S" else seq_len for kind in pattern]
         has_value = range(size.DEPTH - 1, -1, -size.VALUE_EVERY)  # blocks with a value embedding
         self.embedding = nn.Embedding(vocab_size, width)
-        self.recall = Recall(size.RECALL_ROWS, vocab_size, width)
+        self.recall = Recall(size.RECALL_PAIRS, vocab_size, width)
         self.value_embeddings = nn.ModuleDict({str(i): nn.Embedding(vocab_size, width) for i in has_value})
         self.blocks = nn.ModuleList(Block(size.HEADS, head_dim, w, i in has_value) for i, w in enumerate(self.windows))
         self.residual_scale = nn.Parameter(torch.ones(size.DEPTH))
@@ -317,21 +322,22 @@ class GPT(nn.Module):
         for embedding in self.value_embeddings.values():
             embedding.weight.uniform_(-bound, bound)
         self.head.weight.normal_(std=0.001)
-        self.recall.gate.weight.zero_()
-        self.recall.worth.weight.copy_(torch.tensor([0.1, 0.0]))  # input, logit
-        self.recall.worth.weight[0] = 0.0  # of no guess
+        self.recall.embedding.weight.zero_()
+        self.recall.kind_embedding.weight.zero_()
+        self.recall.worth.weight[1:] = torch.tensor([0.1, 0.0])  # input, logit; of no guess 0
 
     def hidden(self, idx, run_block=Block.forward, block_mask=None):
-        """Tokens (B, T) -> the inputs of logits_of() after head and gate. run_block: Block.forward, or compiled."""
+        """Tokens (B, T) -> the inputs of logits_of() after the head. run_block: Block.forward, or compiled."""
         dtype = torch.bfloat16 if idx.is_cuda else torch.float32
         rotary = self.rotary[:, : idx.shape[1]]
         guesses, embedded = (), self.embedding(idx)
-        if self.recall.tables:
+        if self.recall.orders:
             token, kind = self.recall(idx)
             share, trust = self.recall.worth(kind).unbind(-1)
-            mixed = dict(per_sample_weights=share.flatten(0, 1), mode="sum")
-            embedded += F.embedding_bag(token.flatten(0, 1), self.recall.embedding.weight, **mixed).view_as(embedded)
-            guesses = token, kind // KINDS, trust
+            mixed = self.recall.embedding(token.flatten(0, 1), per_sample_weights=share.flatten(0, 1))
+            first = torch.cat([kind[..., :ROW_GRAMS], kind[..., ROW_GRAMS::SLOTS]], 2).flatten(0, 1)
+            embedded += (mixed + self.recall.kind_embedding(first)).view_as(embedded)
+            guesses = token, trust
         embedded = norm(embedded.to(dtype))
         x = embedded.clone()  # with one tensor as both, the first block would be compiled by itself
         with sdpa_kernel(SDPA_ORDER, set_priority=True):  # within a compiled function, no cache would hold that
@@ -342,16 +348,14 @@ class GPT(nn.Module):
         return x, *guesses
 
     def forward(self, idx):
-        return logits_of(self.head, self.recall.gate, *self.hidden(idx))
+        return logits_of(self.head, *self.hidden(idx))
 
 
-def logits_of(head, gate, x, token=None, source=None, trust=None):
+def logits_of(head, x, token=None, trust=None):
     """Logits (B, T, vocab_size), fp32, of x (B, T, width) and of guesses (B, T, guesses), where there are any."""
     logits = head(norm(x)).float()
     logits = logits / (1 + logits.abs() / SOFTCAP)
-    if token is not None:
-        logits = logits.scatter_add(2, token, trust * 2 * gate(norm(x)).float().sigmoid().gather(2, source))
-    return logits
+    return logits if token is None else logits.scatter_add(2, token, trust)
 
 
 def build_model(vocab_size: int, seq_len: int) -> nn.Module:
@@ -429,14 +433,13 @@ class Muon(torch.optim.Optimizer):
 
 def adamw(model) -> torch.optim.Optimizer:
     """AdamW for all that is not Muon's."""
-    scale = (model.head.in_features / 768) ** -0.5
+    recall, scale = model.recall, (model.head.in_features / 768) ** -0.5
     betas, scalar_betas = (ADAM_BETA1, ADAM_BETA2), (SCALAR_BETA1, ADAM_BETA2)
+    embeddings = [model.embedding.weight, *model.value_embeddings.parameters()]
     groups = [
-        dict(params=[model.embedding.weight], lr=EMBED_LR * scale, betas=betas, weight_decay=EMBED_DECAY),
-        dict(params=[model.recall.embedding.weight], lr=GUESS_LR * scale, betas=betas, weight_decay=EMBED_DECAY),
-        dict(params=[model.recall.worth.weight], lr=WORTH_LR, betas=betas, weight_decay=0.0),
-        dict(params=[model.recall.gate.weight], lr=GUESS_GATE_LR, betas=betas, weight_decay=0.0),
-        dict(params=model.value_embeddings.parameters(), lr=VALUE_LR * scale, betas=betas, weight_decay=VALUE_DECAY),
+        dict(params=embeddings, lr=EMBED_LR * scale, betas=betas, weight_decay=EMBED_DECAY),
+        dict(params=[recall.embedding.weight], lr=GUESS_LR * scale, betas=betas, weight_decay=EMBED_DECAY),
+        dict(params=[recall.worth.weight, recall.kind_embedding.weight], lr=KIND_LR, betas=betas, weight_decay=0.0),
         dict(params=[model.head.weight], lr=HEAD_LR * scale, betas=betas, weight_decay=HEAD_DECAY),
         dict(params=[model.conv_taps], lr=CONV_LR, betas=betas, weight_decay=0.0),
         dict(params=[model.residual_scale], lr=RESIDUAL_LR, betas=scalar_betas, weight_decay=0.0),
@@ -448,9 +451,9 @@ def adamw(model) -> torch.optim.Optimizer:
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def head_loss(head, gate, y, *inputs):
+def head_loss(head, y, *inputs):
     """Mean cross entropy, nats per token, of predicting y (B, T) from the inputs of logits_of()."""
-    return F.cross_entropy(logits_of(head, gate, *inputs).flatten(0, 1), y.flatten())
+    return F.cross_entropy(logits_of(head, *inputs).flatten(0, 1), y.flatten())
 
 
 class Trainer:
@@ -487,7 +490,7 @@ class Trainer:
         """Mean loss, nats per token, of predicting y (B, T) from x (B, T)."""
         window, length = min(self.model.windows), x.shape[1]
         block_mask = sparse_mask(window, length, x.device) if self.has_flex and window < length else None
-        return self.head_loss(self.model.head, self.model.recall.gate, y, *self.model.hidden(x, self.block, block_mask))
+        return self.head_loss(self.model.head, y, *self.model.hidden(x, self.block, block_mask))
 
     def step(self, batches):
         """One optimizer step on the micro-batches (x, y); returns their mean loss, left on the device."""
@@ -548,9 +551,7 @@ class Log:
 
     def add(self, loss, factor: float):
         """Counts a step; loss is a tensor on the device."""
-        self.step += 1
-        self.factor = factor
-        self.loss_sum += loss
+        self.step, self.loss_sum, self.factor = self.step + 1, self.loss_sum + loss, factor
         if self.data.elapsed() - self.printed_s >= LOG_EVERY_S:
             self.show()
 
@@ -567,26 +568,26 @@ class Log:
 
 
 def train(data, trainer: Trainer, tokens_per_step: int) -> int:
-    """Steps until the budget is used up; returns how many. The model learns from one half of the text and recalls the
-    other, as what it recalls is never what it is scored on; then the other way round. At last it recalls both."""
-    recall, log, spare = trainer.model.recall, Log(data, tokens_per_step), 0.0
-    halves = (0, 1) if recall.tables and data.num_tokens > 4 * PIECES * data.seq_len else (None,)
+    """Trains until the budget is used up; returns the number of steps. By turns they learn one half of the text and
+    recall the other, so that no loss is taken on what is recalled. At the end both are recalled."""
+    recall, log, began = trainer.model.recall, Log(data, tokens_per_step), data.progress()
+    halves = (0, 1) if recall.orders and data.num_tokens > 4 * PIECES * data.seq_len else (None,)
     pieces = torch.arange(PIECES) * (data.num_tokens // PIECES)
     length = min(data.num_tokens // PIECES - 1, PIECE_TOKENS)
-    for end, half in enumerate(halves, 1):
-        began = data.progress()
-        if half is not None:
-            recall.remember(data.gather(pieces[1 - half :: 2], length)[0])
-            spare = half * 3 * (data.progress() - began)  # of the budget, for remembering both
-        starts = shuffled_starts(data.num_tokens, data.seq_len, trainer.rows, data.device, half)
-        while data.progress() < end / len(halves) - spare:
-            factor = trainer.schedule(data.progress())
-            batches = (data.gather(next(starts), data.seq_len) for _ in range(trainer.micro_batches))
-            log.add(trainer.step(batches), factor)
+    starts = [shuffled_starts(data.num_tokens, data.seq_len, trainer.rows, data.device, half) for half in halves]
+    others = [recall.counted(data.gather(pieces[1 - half :: 2], length)[0]) for half in halves if half is not None]
+    spare = 2 * (data.progress() - began)  # of the budget, for counting both at once
+    while not log.step or data.progress() < 1 - spare:
+        turn = log.step % len(halves)
+        if others:
+            recall.context, recall.token, recall.kind = others[turn]
+        factor = trainer.schedule(data.progress())
+        batches = (data.gather(next(starts[turn]), data.seq_len) for _ in range(trainer.micro_batches))
+        log.add(trainer.step(batches), factor)
     if log.step > log.printed_step:
         log.show()
-    if half is not None:
-        recall.remember(data.gather(pieces, length)[0])
+    if others:
+        recall.context, recall.token, recall.kind = recall.counted(data.gather(pieces, length)[0])
     return log.step
 
 
@@ -614,7 +615,7 @@ def out_of_memory(error: RuntimeError) -> str:
         return ""
     preset = prepare.active_preset()
     rows = f'in the line of "{preset}" of SIZES in train.py, lower MICRO_ROWS (now {SIZES[preset]["MICRO_ROWS"]})'
-    more = "to another divisor of BATCH_ROWS: no result depends on it. At 1, lower RECALL_ROWS, HEADS or DEPTH."
+    more = "to another divisor of BATCH_ROWS: no result depends on it. At 1, lower RECALL_PAIRS, HEADS or DEPTH."
     return f"Out of memory: {rows} {more}"
 
 
@@ -627,7 +628,6 @@ def run(data):
     trainer = warmed_up(model, data.dummy_batch, WAYS[data.device.type])
     tokens_per_step = trainer.micro_batches * trainer.rows * data.seq_len
     data.start(model)
-    gc.freeze()
     gc.disable()  # a collection would stall the loop
     steps = train(data, trainer, tokens_per_step)
     tokens = steps * tokens_per_step

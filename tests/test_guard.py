@@ -25,7 +25,7 @@ def refusal(text, base=TRAIN):
 # Changes that are known to be good: SET lines, or (old lines, new lines)
 CHANGES = {
     "half the batch, width 1024": "BATCH_ROWS 32, HEADS 8",
-    "weight decay on embeddings": "EMBED_DECAY 0.01, VALUE_DECAY 0.0005, HEAD_DECAY 0.01",
+    "weight decay on embeddings": "EMBED_DECAY 0.01, HEAD_DECAY 0.01",
     "longer warm-down with a floor": "WARMDOWN 0.83, LR_FLOOR 0.02",
     "shorter window": 'WINDOW 128, WINDOW_PATTERN "SSL"',
     "rates and momentum": "EMBED_LR 0.74, HEAD_LR 0.004, RESIDUAL_LR 0.04, MATRIX_LR 0.02, MOMENTUM_END 0.9",

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = (ROOT / "train.py").read_text()
 VOCAB, SEQ_LEN = 64, 32
 POSITION = torch.arange(SEQ_LEN)
-TINY = dict(DEPTH=3, HEADS=2, HEAD_DIM=16, WINDOW=8, VALUE_EVERY=2, RECALL_ROWS=1024, BATCH_ROWS=4, MICRO_ROWS=4)
+TINY = dict(DEPTH=3, HEADS=2, HEAD_DIM=16, WINDOW=8, VALUE_EVERY=2, RECALL_PAIRS=9999, BATCH_ROWS=4, MICRO_ROWS=4)
 TINY |= dict(MATRIX_LR=0.02, MUON_STEPS=5)
 
 
@@ -37,12 +37,17 @@ def tiny_trainer(compiled=False, seed=0, **changes):
     return train.Trainer(train.GPT(VOCAB, SEQ_LEN, SimpleNamespace(**TINY | changes)), compiled, has_flex=False)
 
 
+def remember(recall, text):
+    if recall.orders:
+        recall.context, recall.token, recall.kind = recall.counted(text)
+
+
 def busy_model(**changes):
     """A model whose every weight matters: the output projections and gates start at zero, which would hide mistakes."""
     model = tiny_trainer(**changes).model
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    model.recall.remember(torch.randint(VOCAB, (2, 9000)))
+    remember(model.recall, torch.randint(VOCAB, (2, 2000)))
     return model
 
 
@@ -66,6 +71,7 @@ def test_loss_at_start_is_that_of_guessing_and_logits_are_capped(monkeypatch):
 @pytest.mark.parametrize("cut", [1, 7, 8, 20, 31])
 def test_later_tokens_change_no_earlier_logits(cut):
     model, (idx, _) = busy_model(), batch()
+    remember(model.recall, idx)
     before, after = model(idx), model(idx.where(POSITION < cut, (idx + 1) % VOCAB))
     torch.testing.assert_close(before[:, :cut], after[:, :cut], rtol=0, atol=1e-5)
     assert (before[:, cut] - after[:, cut]).abs().max() > 1e-3
@@ -73,6 +79,7 @@ def test_later_tokens_change_no_earlier_logits(cut):
 
 def test_logits_depend_on_no_other_row_and_not_on_the_length():
     model, (idx, _) = busy_model(), batch()
+    remember(model.recall, idx)
     for length in (1, 5, 8, 13, SEQ_LEN):
         torch.testing.assert_close(model(idx[2:3, :length]), model(idx)[2:3, :length], rtol=0, atol=1e-5)
 
@@ -106,16 +113,18 @@ def test_the_short_convolution_is_torchs_own_forward_and_backward():
     assert_same_with_gradients(train.blend(x, taps), reference, (x, taps))
 
 
-def test_pairs_depend_on_a_token_and_the_one_before_and_share_rows_as_rarely_as_random_ones():
-    a, b, c, d, e, f = (train.grams(torch.tensor([[5, 7, 5, 7, 9, 7]]), 2)[0] % 1024).tolist()
+def test_a_context_is_a_number_of_its_own_for_the_last_tokens():
+    recall = train.Recall(100, VOCAB, 8)
+    a, b, c, d, e, f = recall.context_of(torch.tensor([[5, 7, 5, 7, 9, 7]]), 2)[0].tolist()
     assert b == d and len({a, b, c, e, f}) == 5  # (5, 7) twice; (9, 7) is another pair
-    rows = train.grams(torch.cartesian_prod(torch.arange(181), torch.arange(181)), 2)[:, 1] % 32768
-    assert len(rows.unique()) > 0.6 * len(rows)  # as random ones: 1 - 1 / e
+    found = [recall.context_of(torch.randint(2048, (20_000, n)), n)[:, -1] for n in recall.orders]
+    assert all(len(one.unique()) > 0.99 * len(one) for one in found)
+    assert all(one.max() < other.min() for one, other in zip(found, found[1:]))
 
 
 def guessed(recall, idx, source):
     """Tokens and kinds that a source, counted from 0, guesses at every position of idx (1, T)."""
-    sizes = [1] * train.ROW_GRAMS + [train.SLOTS] * recall.tables
+    sizes = [1] * train.ROW_GRAMS + [train.SLOTS] * len(recall.orders)
     return [part.split(sizes, 2)[source][0].tolist() for part in recall(idx)]
 
 
@@ -137,9 +146,9 @@ def test_a_guess_from_the_row_is_what_followed_the_same_tokens_last(n):
 @pytest.mark.parametrize("n", range(2, train.TEXT_GRAMS + 2))
 def test_guesses_from_the_text_are_what_followed_the_same_tokens_most_often(n, monkeypatch):
     monkeypatch.setattr(train, "SLOTS", 2)
-    text, recall = torch.randint(4, (3, 500)), train.Recall(2**20, VOCAB, 8)
-    recall.remember(torch.randint(VOCAB, (2, 50)))  # nothing of this is left
-    recall.remember(text)
+    text, recall = torch.randint(4, (3, 500)), train.Recall(10_000, VOCAB, 8)
+    remember(recall, torch.randint(VOCAB, (2, 50)))  # nothing of this is left
+    remember(recall, text)
     counts = defaultdict(Counter)
     for piece in text.tolist():
         for i in range(n, len(piece)):
@@ -152,6 +161,14 @@ def test_guesses_from_the_text_are_what_followed_the_same_tokens_most_often(n, m
         for token, kind in told.items() if i >= n - 1 else ():
             own, rest = (int(train.level(torch.tensor(c))) for c in (seen[token], sum(seen.values()) - seen[token]))
             assert kind == train.KINDS * (train.ROW_GRAMS + n - 2) + 16 * own + rest
+
+
+def test_where_room_is_short_the_longest_contexts_go(monkeypatch):
+    monkeypatch.setattr(train, "TEXT_GRAMS", 2)
+    recall = train.Recall(50, VOCAB, 8)
+    remember(recall, torch.arange(45)[None])  # 43 of two tokens, 42 of three
+    two, three = (guessed(recall, torch.arange(45)[None], train.ROW_GRAMS + i)[1] for i in range(2))
+    assert (sum(map(any, two)), sum(map(any, three))) == (43, 7)
 
 
 def test_what_no_guess_is_worth_stays_nothing():
@@ -319,27 +336,29 @@ class Text:
 def test_it_recalls_the_half_of_the_text_that_it_does_not_learn_from_and_at_last_both(monkeypatch):
     """The pieces differ in their tokens, so what is learned from and what is recalled can be told apart."""
     monkeypatch.setattr(train, "PIECES", 4)
-    trainer, learned, recalled = tiny_trainer(RECALL_ROWS=2**20), [], []
-    remember, step = trainer.model.recall.remember, trainer.step
+    trainer, learned, recalled = tiny_trainer(RECALL_PAIRS=99_999), [], []
+    counted, step = trainer.model.recall.counted, trainer.step
 
     def noted(text):
         recalled.append({*(text[:, 5] // 16).tolist()})
-        remember(text)
+        return counted(text)
 
     def learns(batches):
         batches = list(batches)
         x = torch.cat([x for x, _ in batches])
-        known = trainer.model.recall(x)[1][:, 5:] >= train.KINDS * train.ROW_GRAMS  # behind its other tables' tokens
-        assert known.float().mean() < 0.02, "it recalls what it learns from"  # some share a row of a table
+        known = trainer.model.recall(x)[1][:, 9:] >= train.KINDS * train.ROW_GRAMS
+        assert known.float().mean() < 0.001, "it recalls what it learns from"
         learned.append({*(x[:, 0] // 16).tolist()})
         return step(batches)
 
-    monkeypatch.setattr(trainer.model.recall, "remember", noted)
+    monkeypatch.setattr(trainer.model.recall, "counted", noted)
     monkeypatch.setattr(trainer, "step", learns)
-    train.train(Text(torch.arange(4000) // 1000 * 16 + torch.randint(16, (4000,))), trainer, 1)
+    text = Text(torch.arange(4000) // 1000 * 16 + torch.randint(16, (4000,)))
+    train.train(text, trainer, 1)
     assert recalled == [{1, 3}, {0, 2}, {0, 1, 2, 3}]
-    halves = [set.union(*part) for part in (learned[: len(learned) // 3], learned[-len(learned) // 3 :])]
-    assert halves == [{0, 2}, {1, 3}]
+    assert set.union(*learned[::2]) == {0, 2} and set.union(*learned[1::2]) == {1, 3}
+    kinds = trainer.model.recall(text.gather(torch.arange(500, 4000, 1000), SEQ_LEN)[0])[1]
+    assert (kinds[:, 9:] >= train.KINDS * train.ROW_GRAMS).any(2).all(), "it does not recall both in the end"
 
 
 def test_no_memory_is_answered_with_the_line_to_change(monkeypatch):
@@ -384,7 +403,7 @@ def test_a_step_runs_at_the_ends_of_the_bounds_and_at_odd_values(changes, monkey
         if name not in TINY:
             monkeypatch.setattr(train, name, type(getattr(train, name))(value))
     trainer = tiny_trainer(**{name: type(TINY[name])(value) for name, value in changes.items() if name in TINY})
-    trainer.model.recall.remember(torch.randint(VOCAB, (2, 300)))
+    remember(trainer.model.recall, torch.randint(VOCAB, (2, 300)))
     for progress in (0.0, 1.0):
         trainer.schedule(progress)
         assert math.isfinite(trainer.step([batch(trainer.rows)] * trainer.micro_batches))

@@ -26,6 +26,7 @@ KINDS = {  # of what a profile names, by the beginnings of the names; the first 
     "embeddings": (
         "aten::embedding",
         "aten::index",
+        "aten::searchsorted",
         "aten::_embedding_bag",
         "aten::sort",
         "aten::scatter",
@@ -45,7 +46,9 @@ class Loop:
         self.trainer = train.warmed_up(model, data.dummy_batch, train.WAYS[data.device.type])
         gc.disable()
         data.start(model)
-        model.recall.remember(data.gather([0], min(data.num_tokens - 1, 2**20))[0])
+        if model.recall.orders:
+            counted = model.recall.counted(data.gather([0], min(data.num_tokens - 1, 2**20))[0])
+            model.recall.context, model.recall.token, model.recall.kind = counted
         self.starts = train.shuffled_starts(data.num_tokens, data.seq_len, self.trainer.rows, data.device, 0)
         self.on_gpu = data.device.type == "cuda"
 
