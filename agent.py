@@ -991,19 +991,14 @@ def stepped(knob: Knob, step: float) -> float:
     return int(new) if isinstance(value, int) else float(f"{new:.{5 if 0.9 < new < 1 else 3}g}")
 
 
-def search_proposal(text: str, key: str, tried: dict[str, Row], task: Task, rows: tuple[Row, ...] = ()) -> Row:
-    """One to three hyperparameters with bounds moved a little; the same for the same key and rows. Raises UserError.
+def learned(known: list[Knob], rows: tuple[Row, ...], task: Task) -> tuple:
+    """What the search's own moves in these rows tell of the hyperparameters: a mean (2 n,), a root of the covariance.
 
-    Thompson sampling: what a move gains is taken to be a slope times its length, less a square, by hyperparameter. What
-    slopes and squares could be, after what the search's own moves gained in these rows, is drawn at random; of the
-    moves that would then be best the first few are made.
+    A move gains a slope times its length, less a square, of each; the n slopes come first, then the squares.
     """
     import numpy as np
 
-    known = [k for k in knobs(text, task.preset).values() if type(k.value) in (int, float)]
-    known = [k for k in known if k.low is not None] or known  # bounds say that a line is meant to be searched
     index, n = {k.name: i for i, k in enumerate(known)}, len(known)
-    here = np.array([position(k, k.value) for k in known])
     rows = [r for r in rows if r.proposer == "search" and r.hypothesis.startswith(SEARCHED) and r.bar is not None]
     gains = np.array([math.nan if r.score is None else task.gain(r.score, r.bar) for r in rows])
     unit = max(median([*np.abs(gains[~np.isnan(gains)])] or [1.0]), task.noise / 2, 1e-12)
@@ -1011,15 +1006,29 @@ def search_proposal(text: str, key: str, tried: dict[str, Row], task: Task, rows
     for line, r in zip(made, rows):
         for name, *ends in MOVE.findall(r.hypothesis):
             with contextlib.suppress(ValueError, LookupError):
-                i = index[name]
-                old, new = (position(known[i], float(end)) - here[i] for end in ends)
+                k = known[i := index[name]]
+                old, new = (position(k, float(end)) - position(k, k.value) for end in ends)
                 line[i], line[n + i] = new - old, old**2 - new**2
-    prior, spread = np.repeat([0.0, 1.0], n), np.repeat([2.0, 1.0], n)  # of the slopes, then the squares, in that unit
+    prior, spread = np.repeat([0.0, 1.0], n), np.repeat([2.0, 1.0], n)  # of slopes, then squares, in that unit
     weight = 0.5 / max(task.noise / unit, 0.5) ** 2  # of a difference of two runs, and of what is neither
     precision = np.diag(spread**-2) + weight * made.T @ made
     told = np.clip(np.nan_to_num(gains / unit, nan=-2.0), -8, 8)  # a crash tells little of what made it
     mean = np.linalg.solve(precision, prior / spread**2 + weight * told @ made)
-    root, rng = np.linalg.inv(np.linalg.cholesky(precision)).T, random.Random(key)
+    return mean, np.linalg.inv(np.linalg.cholesky(precision)).T
+
+
+def search_proposal(text: str, key: str, tried: dict[str, Row], task: Task, rows: tuple[Row, ...] = ()) -> Row:
+    """One to three hyperparameters with bounds moved a little; the same for the same key and rows. Raises UserError.
+
+    Thompson sampling: what slopes and squares could be is drawn at random; of the moves that would then be best the
+    first few are made.
+    """
+    import numpy as np
+
+    known = [k for k in knobs(text, task.preset).values() if type(k.value) in (int, float)]
+    known = [k for k in known if k.low is not None] or known  # bounds say that a line is meant to be searched
+    here, rng = np.array([position(k, k.value) for k in known]), random.Random(key)
+    mean, root = learned(known, rows, task)
     for attempt in range(300):
         slopes, squares = np.split(mean + 0.5 * root @ [rng.gauss(0, 1) for _ in mean], 2)
         squares = np.maximum(squares, 0.1)
