@@ -1010,7 +1010,7 @@ def learned(known: list[Knob], rows: tuple[Row, ...], task: Task) -> tuple:
                 old, new = (position(k, float(end)) - position(k, k.value) for end in ends)
                 line[i], line[n + i] = new - old, old**2 - new**2
     prior, spread = np.repeat([0.0, 1.0], n), np.repeat([2.0, 1.0], n)  # of slopes, then squares, in that unit
-    weight = 0.5 / max(task.noise / unit, 0.5) ** 2  # of a difference of two runs, and of what is neither
+    weight = 0.5 / max(task.noise / unit, 0.5) ** 2  # two runs differ by that; half a unit is left unexplained
     precision = np.diag(spread**-2) + weight * made.T @ made
     told = np.clip(np.nan_to_num(gains / unit, nan=-2.0), -8, 8)  # a crash tells little of what made it
     mean = np.linalg.solve(precision, prior / spread**2 + weight * told @ made)
