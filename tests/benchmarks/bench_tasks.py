@@ -1,4 +1,4 @@
-"""How far the two geometric example tasks come, beside what is published: python tests/benchmarks/bench_tasks.py
+"""How far the example tasks come, beside what is published: python tests/benchmarks/bench_tasks.py
 
 Of each: the first run by hand under five seeds, then a session of `--proposer search` in a temporary clone, one hour, by
 the same command as a user's. Prints both beside the published value, and the rows that were kept. An hour
