@@ -10,6 +10,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads leave the cores to the tests beside them
 
@@ -51,6 +52,12 @@ class Checkout:
         """agent.py as a process, its output in a pipe."""
         options = {"cwd": self.root, "env": self.env(**env), "capture_output": True, "text": True, "timeout": 120}
         return subprocess.run(self.command(*args), **options)
+
+    def started(self, *args, **env):
+        """agent.py as a process in a session of its own, its output in a pipe."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+        command = self.command("--sandbox", "off", *args)
+        return subprocess.Popen(command, cwd=self.root, env=self.env(**env), **pipes)
 
     def trailers(self, id, tag=None):
         """The trailers of a row's commit as a dict."""
@@ -123,7 +130,7 @@ def checkout(folder):
 
 class Server:
     """A chat completions server that answers from a script: replies, or (status, body, headers), or functions of the
-    request; models: what it lists, or such an answer."""
+    request; models: what it lists, or such an answer, or a function from a path to it."""
 
     def __init__(self):
         self.script, self.requests, self.models = [], [], ["tiny"]
@@ -132,6 +139,8 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
+                if callable(outer.models):
+                    return self.answer(*outer.models(self.path))
                 if not isinstance(outer.models, list):
                     return self.answer(*(outer.models or (200, "<html>welcome</html>")))
                 self.answer(200, {"object": "list", "data": [{"id": m, "object": "model"} for m in outer.models]})
@@ -201,15 +210,32 @@ def reply(edits, description="an idea", hypothesis="It should help."):
     return f"HYPOTHESIS: {hypothesis}\nEXPECTED: -0.002\nDESCRIPTION: {description}\n{edits}\n"
 
 
+def rewrite(old, new, more="", **fields):
+    return reply(f"<<<<<<< SEARCH\n{old}\n=======\n{new}\n>>>>>>> REPLACE\n{more}", **fields)
+
+
+def scored(value, more="", note=""):
+    """A reply whose program gets this score, or one by seed. NOTE tells it from another within a hair's breadth."""
+    return reply(f"SET BPB = {value}\nSET NOTE = {note or str(value)!r}{more}", description=f"score {value}")
+
+
+def llm(checkout, server, *script, **more):
+    """A session whose model answers from a script: a row for each step, if nothing else is said."""
+    server.script += script
+    return checkout.session(**{"proposer": "llm", "base_url": server.url, "experiments": 1 + len(script), **more})
+
+
+def wait_for(found, what, limit_s=60.0):
+    limit = time.monotonic() + limit_s
+    while not found():
+        assert time.monotonic() < limit, what
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def table(request):
     """Rows (trick, property, verdict, caught where, where with the guard off) that the end of the output shows."""
-
-    class Table:
-        def append(self, row):
-            request.node.user_properties.append(("trick", row))
-
-    return Table()
+    return SimpleNamespace(append=lambda row: request.node.user_properties.append(("trick", row)))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -105,17 +105,12 @@ def test_a_keep_is_strictly_better_than_the_mean_of_the_best(task, better):
         assert st.verdict("always", job, 0.1, False) == ("verify", "it is time")
 
 
+CONFIRMATIONS = [(0.01, -0.003, "keep"), (0.01, -0.01, "discard"), (-0.0005, 0.001, "keep")]  # then a tie; shorter
+CONFIRMATIONS += [(0.1, 0.0, "discard"), (0.1, 0.1, "keep")]  # the first too good to count; the second believed
+
+
 @pytest.mark.parametrize("task, sign", [(TASK, 1), (HIGHER, -1)])
-@pytest.mark.parametrize(
-    "first, second, status",
-    [
-        (0.01, -0.003, "keep"),
-        (0.01, -0.01, "discard"),  # their mean is the best's, a tie
-        (-0.0005, 0.001, "keep"),  # shorter
-        (0.1, 0.0, "discard"),  # the first run was too good to count
-        (0.1, 0.1, "keep"),  # the second is believed
-    ],
-)
+@pytest.mark.parametrize("first, second, status", CONFIRMATIONS)
 def test_a_confirmation_is_judged_by_means_and_alone_after_a_gain_too_good(task, sign, first, second, status):
     rows, first, second = (BASE, again(BASE, 2, 1.0)), 1 - sign * first, 1 - sign * second
     why = judged(state(*rows, task=task), first, "always", shorter=True)[1]

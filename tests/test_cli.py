@@ -7,26 +7,12 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from datetime import datetime, timedelta
 
 import pytest
-from conftest import ROOT, reply, streamed
+from conftest import ROOT, reply, rewrite, streamed, wait_for
 
 SEARCH = ["--proposer", "search", "--sandbox", "off"]
-
-
-def start(checkout, *args, **env):
-    """A session as a process, its output in a pipe."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(checkout.command(*args), cwd=checkout.root, env=checkout.env(**env), **pipes)
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.05)
 
 
 def is_untouched(checkout):
@@ -105,9 +91,9 @@ def test_a_terminal_shows_how_much_of_a_reply_has_come(checkout, server):
 
 def test_status_and_report_work_at_any_time(checkout):
     assert one_line(checkout.run("--status"), "no experiments are recorded here")
-    process = start(checkout, *SEARCH, "--time-budget", "0.5", "--tag", "a")
+    process = checkout.started(*SEARCH, "--time-budget", "0.5", "--tag", "a")
     try:
-        wait_for(lambda: len(checkout.refs()) >= 2)
+        wait_for(lambda: len(checkout.refs()) >= 2, "two rows")
         during = checkout.run("--status")
     finally:
         process.send_signal(signal.SIGINT)
@@ -126,10 +112,10 @@ def test_status_and_report_work_at_any_time(checkout):
 
 
 def test_the_report_says_which_brief_model_and_role_found_how_much_in_how_many_tries(checkout, server):
-    crash = "<<<<<<< SEARCH\n    step = 0\n=======\n    raise TypeError('no')\n>>>>>>> REPLACE"
+    crash = rewrite("    step = 0", "    raise TypeError('no')", description="bad | worse")
     gone = 404, {"error": {"message": "gone"}}
     edits = ["SET BPB = 1.05", "SET BPB = 1.2", "SET BPB = 1.2"]
-    server.script += [*map(reply, edits), reply(crash, description="bad | worse"), gone, gone]
+    server.script += [*map(reply, edits), crash, gone, gone]
     checkout.run("--sandbox", "off", "--experiments", "5", "--tag", "r", OPENAI_BASE_URL=server.url)
     text = checkout.text("runs/r/report.md")
     assert text.startswith("# autoresearch/r\n") and "![progress](progress.png)" in text
@@ -160,6 +146,9 @@ WRONG = {
     "--hours 0.001 --time-budget 60": "--hours 0.001 is shorter than one run of 60 s",
     "--tag ../x": "--tag ../x: use letters, digits, - and _",
     "--tag x.lock": "--tag x.lock: use letters",
+    "--share nowhere": "nowhere",
+    "--share . --agent a..b": "use letters, digits",
+    "--agent a": "--share .",
 }
 
 

@@ -58,7 +58,7 @@ def test_a_description_has_80_characters_no_file_name_and_is_made_of_the_edits_w
 NAMES = ("think", "THINK", "thinking", "thought", "reasoning", "seed:think")
 THOUGHTS = [f"<{name}>Perhaps\nSET DECAY = 0.9\nDESCRIPTION: no\n</{name}>\n" for name in NAMES]
 THOUGHTS += ["[THINK] SET DECAY = 0.9 [/THINK]\n", "[think]SET DECAY = 0.9[/think]\n", f"<think>\n{STEP}\n</think>\n"]
-THOUGHTS += ["Perhaps\nSET DECAY = 0.9\n</think>\n"]  # the server's template has opened it
+THOUGHTS += ["Perhaps\nSET DECAY = 0.9\n</think>\n", "Perhaps\nSET DECAY = 0.9\nno, better:</think>"]  # so a template
 THOUGHTS += [f"{a}think{b}\nSET DECAY = 0.9\n{a}/think{b}\n" for a, b in (("\u25c1", "\u25b7"), ("&lt;", "&gt;"))]
 THOUGHTS += ["<scratchpad>SET DECAY = 0.9</scratchpad>", "<|begin_of_thought|>SET DECAY = 0.9\n<|end_of_thought|>\n"]
 THOUGHTS += ["<|channel|>analysis<|message|>SET DECAY = 0.9\n<|end|><|start|>assistant<|channel|>final<|message|>"]
@@ -71,11 +71,6 @@ def test_thoughts_are_never_edits(thought):
     within = agent.parse_reply("DESCRIPTION: an idea\n" * (thought[0] in "<[") + thought + "SET RATE = 2.0")
     assert before.edits == within.edits == (RATE_2,) and before.description == "an idea"
     assert within.description == ("an idea" if thought[0] in "<[" else "RATE = 2.0")
-
-
-def test_an_answer_may_follow_the_end_of_a_thought_on_its_line():
-    for answer in ("SET RATE = 2.0", reply("SET RATE = 2.0")):
-        assert agent.parse_reply(f"Perhaps\nSET DECAY = 0.9\nno, better:</think>{answer}").edits == (RATE_2,)
 
 
 def test_a_mere_mention_of_a_thought_is_none_and_a_reply_of_thoughts_alone_is_empty():
@@ -152,33 +147,20 @@ OTHER_FORMS = {
     "quoted": "".join(f"> {line}\n" for line in STEP.splitlines()),
     "HTML": STEP.replace("<", "&lt;").replace(">", "&gt;"),
     "no end": "<<<<<<< SEARCH\n    step = 0\n=======\n    step = 7\n",
+    "a patch": "*** Begin Patch\n-    step = 0\n+    step = 7\n*** End Patch",
+    "a conflict": STEP.replace("SEARCH", "HEAD").replace("REPLACE", "mine"),
+    "three signs": "<<<SEARCH\n    step = 0\n===",
+    "bold labels": "**Before:**\n    x = 1\n\n**After:**\n    x = 2",
 }
 OTHER_FORMS |= {"no middle": STEP.replace("=======\n    step = 7\n", ""), "no start": STEP.partition("\n")[2]}
-OTHER_FORMS |= {
-    "a patch": "*** Begin Patch\n-    step = 0\n+    step = 7\n*** End Patch",
-    "a snippet": "```python\nrows = 7\n```",
-}
-OTHER_FORMS |= {
-    "a conflict": STEP.replace("SEARCH", "HEAD").replace("REPLACE", "mine"),
-    "signs": "```\n- step = 0\n```",
-}
 OTHER_FORMS |= {"tags": "<search>\n    step = 0\n</search>", "find": "FIND:\n    step = 0\nREPLACE WITH:\n    step = 7"}
 OTHER_FORMS |= {"no SET": "DECAY = 0.3", "a list": "- DECAY: 0.2 -> 0.3", "bold": "**DECAY**: 0.3"}
 OTHER_FORMS |= {"no value": "SET DECAY higher", "set in small letters": "set DECAY = 0.3"}
-OTHER_FORMS |= {
-    "a text": 'NOTE = "fancy"',
-    "an arrow": "DECAY 0.2 \u2192 0.3",
-    "three signs": "<<<SEARCH\n    step = 0\n===",
-}
-OTHER_FORMS |= {
-    f"SET after {dress!r}": f"{dress}DECAY = 0.3" for dress in ("**SET** ", "+ SET ", "\u2022 SET ", "Edit: SET ")
-}
+OTHER_FORMS |= {"a text": 'NOTE = "fancy"', "an arrow": "DECAY 0.2 \u2192 0.3", "signs": "```\n- step = 0\n```"}
+OTHER_FORMS |= {"a snippet": "```python\nrows = 7\n```", "headings": "### Old\nx = 1\n### New\nx = 2"}
+OTHER_FORMS |= {f"SET after {d!r}": f"{d}DECAY = 0.3" for d in ("**SET** ", "+ SET ", "\u2022 SET ", "Edit: SET ")}
 OTHER_FORMS |= {f"after {words!r}": f"{words} SET DECAY = 0.3" for words in ("- **Edit 1:**", "(2)", "a)", "Also")}
 OTHER_FORMS |= {"another arrow": "DECAY \u2190 0.3", "from to": "Change DECAY from 0.2 to 0.3", "small": "decay = 0.3"}
-OTHER_FORMS |= {
-    "bold labels": "**Before:**\n    x = 1\n\n**After:**\n    x = 2",
-    "headings": "### Old\nx = 1\n### New\nx = 2",
-}
 OTHER_FORMS |= {"bare labels": "SEARCH\n    x = f(1)\nREPLACE\n    x = f(2)", "a plus": "+    x = norm(x)"}
 OTHER_FORMS |= {"a minus": "-    x = norm(x)", "a minus and a plus": "- DECAY = 0.2\n+ DECAY = 0.3"}
 OTHER_FORMS |= {"a tool": "<tool_call>\nstep = 7\n</tool_call>", "labels": "OLD:\n    step = 0\nNEW:\n    step = 7"}
@@ -195,26 +177,10 @@ def test_an_edit_in_another_form_is_understood_or_goes_back_whole(form):
         assert any(word and word in str(error) for word in words), error  # it says what was not understood
 
 
-PROSE = [
-    "TOTAL_BATCH 2048 to 1024 gives more.",
-    "RMS 1.0 scale",
-    "MLP 4x is wide",
-    "* RATE 0.03 was worse",
-    "RISK: 0.3",
-]
-PROSE += [
-    "1. Plan A is too costly.\n2. Plan B is good.",
-    "-    steps rise",
-    "with",
-    "Description of change: more",
-    "CONFIDENCE: 70%",
-]
-PROSE += ["SET RATE = 2.0"]  # once more the same
-PROSE += [
-    "Raising RATE from 1.0 to 2.0 gives faster progress.",
-    "Best so far:\nval_bpb = 0.9812",
-    "- costs memory\n+ faster",
-]
+PROSE = ["TOTAL_BATCH 2048 to 1024 gives more.", "RMS 1.0 scale", "MLP 4x is wide", "* RATE 0.03 was worse"]
+PROSE += ["1. Plan A is too costly.\n2. Plan B is good.", "-    steps rise", "with", "Description of change: more"]
+PROSE += ["RISK: 0.3", "CONFIDENCE: 70%", "Raising RATE from 1.0 to 2.0 gives faster progress."]
+PROSE += ["Best so far:\nval_bpb = 0.9812", "- costs memory\n+ faster", "SET RATE = 2.0"]  # the last: again the same
 
 
 @pytest.mark.parametrize("line", PROSE)
@@ -241,9 +207,7 @@ REFUSED |= {f"SET ROWS = {v}": "ROWS is a whole number, 64" for v in ("64.5", "1
 REFUSED |= {
     "SET NOTE = 5": "of another kind, 'plain'",
     "Variant A\nSET RATE = 2.0\nVariant B\nSET ROWS = 128": "alternatives",
-}
-REFUSED |= {"First option: x\nSET RATE = 2.0\nSecond option: y\nSET ROWS = 128": "alternatives"}
-REFUSED |= {
+    "First option: x\nSET RATE = 2.0\nSecond option: y\nSET ROWS = 128": "alternatives",
     "SET RATE = " + "-" * 20_000 + "1": "plain Python literal",
     "SET RATE = 2.0\nSET RATE = 3.0": "two values for one",
     f"SET RATE = 2.0\n```python\n{TEXT}```": "whole file beside other edits",
@@ -293,16 +257,8 @@ def test_the_same_key_gives_the_same_step_in_every_version():
     assert searched(TEXT, "t/0003")[0].description == "DECAY 0.2 -> 0.133, RATE 1.0 -> 0.616"
 
 
-BOUNDS = {
-    "0.999": (0.9, 0.9999),
-    "1e-10": (1e-12, 1e-6),
-    "0.0": (0, 0.1),
-    "1": (1, 3),
-    "0.95": (0.9, 0.99),
-    "-0.5": (-1, 0),
-    "2": (1, 4),
-    "1.0": (0.01, 100),
-}
+BOUNDS = {"0.999": (0.9, 0.9999), "1e-10": (1e-12, 1e-6), "0.0": (0, 0.1), "1": (1, 3), "0.95": (0.9, 0.99)}
+BOUNDS |= {"-0.5": (-1, 0), "2": (1, 4), "1.0": (0.01, 100)}
 
 
 @pytest.mark.parametrize("old", BOUNDS)
@@ -352,16 +308,9 @@ def test_the_search_learns_from_what_it_moved_itself_and_odd_rows_harm_nothing()
     blind = share_moved()
     for changes in ({"proposer": "peer"}, {"proposer": "llm"}, {"hypothesis": "RATE 1.0 -> 1.5"}):
         assert share_moved(agent.replace(of_search("RATE 1.0 -> 1.5", 0.9), **changes)) == blind
-    odd = [
-        "",
-        "RATE",
-        "RATE 1.0 -> x",
-        "GONE 1 -> 2",
-        "RATE - -> e",
-        "RATE 1.7e308+1.7e308j -> 1",
-        "RATE 1e-999 -> 1e999",
-    ]
-    rows = [of_search(text, score) for text in [*odd, "RATE 1 -> " + "9" * 400] for score in (0.9, 1e99, None)]
+    odd = ["", "RATE", "RATE 1.0 -> x", "GONE 1 -> 2", "RATE - -> e", "RATE 1.7e308+1.7e308j -> 1"]
+    odd += ["RATE 1e-999 -> 1e999", "RATE 1 -> " + "9" * 400]
+    rows = [of_search(text, score) for text in odd for score in (0.9, 1e99, None)]
     assert searched(TEXT, "k", {}, rows)[0].edits
     crashed = share_moved(of_search("RATE 1.0 -> 1.5, DECAY 0.2 -> 0.3", None), of_search("DEPTH 4 -> 5", 1.001))
     assert 0 < crashed[1] < crashed[0] < 60  # an innocent one is not nailed to the other side
@@ -375,8 +324,11 @@ def test_the_search_does_not_run_dry_where_there_is_more_to_try():
         for i in range(least):  # everything loses
             row, new = searched(text, f"k{i}", tried, tuple(rows), agent.replace(TASK, noise=0.0))
             assert {edit.old for edit in row.edits} <= left
+            assert agent.program_key(new) not in tried
             tried[agent.program_key(new)] = row
             rows.append(agent.replace(row, score=1.0 + len(row.edits) * 0.01, bar=1.0))
+    with pytest.raises(agent.UserError, match="no untried step"):
+        searched("def build_model(): prepare.load\ndef main(): start, finish\n", "t/1")
 
 
 def test_the_search_finds_what_is_wrong_among_many():
@@ -389,15 +341,6 @@ def test_the_search_finds_what_is_wrong_among_many():
             rows.append(agent.replace(row, score=score, bar=best))
             text, best = (new, score) if score < best else (text, best)
         assert 2 < agent.knobs(text, "cpu")["RATE"].value < 4.5, trial
-
-
-def test_the_search_is_seeded_by_the_key_and_repeats_nothing():
-    assert searched(TEXT, "t/1") == searched(TEXT, "t/1") != searched(TEXT, "t/2")
-    first = searched(TEXT, "t/1")[1]
-    row = agent.Row("an idea", score=0.5)
-    assert searched(TEXT, "t/1", {agent.program_key(first): row})[1] != first
-    with pytest.raises(agent.UserError, match="no untried step"):
-        searched("def build_model(): prepare.load\ndef main(): start, finish\n", "t/1")
 
 
 SAME = {"RATE = 1.0 ": "RATE = 1.01 ", "DECAY = 0.2 ": "DECAY = 0.2  # more ", '"""A torch-free': '"""Another'}

@@ -8,50 +8,34 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from conftest import Server, reply
+from conftest import Server, llm, reply
 
 import agent
 
+llm = partial(llm, tag="t")
 BRIEF = "Lower the number.\n\n## Role: literature\nRead.\nsearch: fast optimizers\nsearch: windows\n"
-
-
-class Papers:
-    """The paper search: answers by what is in `found` (a list of papers, or status and body), and counts."""
-
-    def __init__(self):
-        self.found, self.asked = {}, []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                at = urlsplit(self.path)
-                outer.asked.append((at.path, parse_qs(at.query)))
-                status, body = 200, outer.found.get(outer.asked[-1][1]["q"][0], [])
-                if isinstance(body, tuple):
-                    status, body = body
-                body = body if isinstance(body, str) else json.dumps([{"paper": one} for one in body])
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(body.encode())
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.handle_error = lambda *_: None
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
 
 @pytest.fixture
 def library(monkeypatch):
-    papers = Papers()
-    monkeypatch.setenv("AUTORESEARCH_PAPERS_URL", f"http://127.0.0.1:{papers.http.server_address[1]}")
+    """The paper search: answers by what is in `found` (a list of papers, or status and body), and counts."""
+    papers = Server()
+    papers.found, papers.queries = {}, []
+
+    def answer(path):
+        at = urlsplit(path)
+        papers.queries.append((at.path, parse_qs(at.query)))
+        body = papers.found.get(papers.queries[-1][1]["q"][0], [])
+        status, body = body if isinstance(body, tuple) else (200, body)
+        return status, body if isinstance(body, str) else json.dumps([{"paper": one} for one in body])
+
+    papers.models = answer
+    monkeypatch.setenv("AUTORESEARCH_PAPERS_URL", papers.url.removesuffix("/v1"))
     yield papers
     papers.http.shutdown()
     papers.http.server_close()
@@ -59,12 +43,6 @@ def library(monkeypatch):
 
 def paper(n):
     return {"id": f"2505.{n:05d}", "title": f"Paper {n}\x1b[2J\nof many", "summary": f"Abstract {n} " + "long " * 500}
-
-
-def llm(checkout, server, *script, **more):
-    server.script += script
-    usual = {"proposer": "llm", "base_url": server.url, "experiments": 1 + len(script), "tag": "t"}
-    return checkout.session(**usual | more)
 
 
 def test_papers_are_shown_five_at_a_time_and_the_idea_names_its_own(checkout, server, library):
@@ -77,8 +55,8 @@ def test_papers_are_shown_five_at_a_time_and_the_idea_names_its_own(checkout, se
     assert len(server.asked(0)) < 20_000 and "data, not instructions" in server.asked(0)
     whole = server.requests[1]["messages"]
     assert "Abstract 4" in whole[1]["content"] and len(whole) == 4  # the same papers while a reply is mended
-    assert checkout.trailers("0002")["Idea"] == "arXiv 2505.00003" and len(library.asked) == 2
-    assert library.asked[0] == ("/api/papers/search", {"q": ["fast optimizers"], "limit": ["60"]})
+    assert checkout.trailers("0002")["Idea"] == "arXiv 2505.00003" and len(library.queries) == 2
+    assert library.queries[0] == ("/api/papers/search", {"q": ["fast optimizers"], "limit": ["60"]})
     assert "| arXiv 2505.00003 | 1 |" in checkout.text("runs/t/report.md")
 
 

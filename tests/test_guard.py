@@ -53,12 +53,6 @@ def averaged(model, share):
     torch._foreach_lerp_(list(shadow.parameters()), list(model.parameters()), 1 - share)
     model.load_state_dict(shadow.state_dict())
     return model.eval()""",
-    "a gradient of its own": """
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x): return [ctx.save_for_backward(x), x.square()][1]
-    @staticmethod
-    def backward(ctx, grad): return 2 * ctx.saved_tensors[0] * grad""",
     "a Triton kernel": """
 import triton
 import triton.language as tl

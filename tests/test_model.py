@@ -12,15 +12,17 @@ import socket
 import subprocess
 import threading
 import time
+from functools import partial
 from itertools import pairwise
 
 import pytest
-from conftest import ROOT, completion, reply, streamed
+from conftest import ROOT, completion, llm, reply, rewrite, scored, streamed, wait_for
 
 import agent
 
 KEY = "sk-proj-4fZ19c7e51aQ"
 NOTE = 'NOTE = "plain"  # no number'
+llm = partial(llm, tag="t")
 LONG_BRIEF = "Lower the number.\n" * 800
 
 
@@ -42,25 +44,9 @@ def never(server):
     over.set()
 
 
-def llm(checkout, server, *script, **more):
-    """A session whose model answers from a script: a row for each step, if nothing else is said."""
-    server.script += script
-    usual = {"proposer": "llm", "base_url": server.url, "experiments": 1 + len(script), "tag": "t", "time_budget": 0.03}
-    return checkout.session(**usual | more)
-
-
 def idea(n):
     """The n-th of many replies that apply, and gain nothing."""
     return reply(f"SET RATE = {0.3 + n / 100:.2f}", description=f"idea {n}")
-
-
-def scored(value, more=""):
-    """A reply whose model gets this score; the baseline's is 1.056."""
-    return reply(f"SET BPB = {value}{more}", description=f"score {value}")
-
-
-def rewrite(old, new, **fields):
-    return reply(f"<<<<<<< SEARCH\n{old}\n=======\n{new}\n>>>>>>> REPLACE", **fields)
 
 
 def broken(n, old="    step = 0"):
@@ -206,7 +192,7 @@ def test_what_refuses_later_is_one_line_and_the_search_stands_in_each_time(check
     assert "revoked" in checkout.trailers("0003")["Instead"]
     written = [path.read_text(errors="replace") for path in checkout.root.rglob("*") if path.is_file()]
     assert any("down, ***" in text for text in written) and not any(KEY in text for text in written)
-    assert KEY not in checkout.git("log", "--glob=refs/autoresearch/*", "--format=%B")
+    assert KEY not in checkout.git("log", "-p", "--glob=refs/autoresearch/*")
 
 
 def test_a_server_that_hangs_is_given_up_after_what_is_usual_for_it(checkout, server, never, monkeypatch):
@@ -218,35 +204,26 @@ def test_a_server_that_hangs_is_given_up_after_what_is_usual_for_it(checkout, se
 
 def test_a_slow_model_is_not_a_silent_one(checkout, server):
     """Each reply takes longer than an outage, and the first is of no use."""
-
-    def late(text):
-        return lambda body: (time.sleep(0.8), text)[1]
-
-    llm(checkout, server, late("nothing"), late(idea(1)), late(idea(2)), experiments=3, outage_s=0.4)
+    late = [lambda body, text=text: (time.sleep(0.8), text)[1] for text in ("nothing", idea(1), idea(2))]
+    llm(checkout, server, *late, experiments=3, outage_s=0.4)
     assert proposers(checkout) == "baseline llm llm"
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "deadline"])
 def test_a_server_that_hangs_holds_up_neither_ctrl_c_nor_the_deadline(checkout, server, never, how):
     server.script, hours = [never], "1" if how == "Ctrl-C" else str(3 / 3600)
-    command = checkout.command("--sandbox", "off", "--hours", hours)
-    env = checkout.env(OPENAI_BASE_URL=server.url)
-    process = subprocess.Popen(command, cwd=checkout.root, env=env, stdout=subprocess.PIPE, text=True)
-    until = time.monotonic() + 20
-    while not server.requests and time.monotonic() < until:
-        time.sleep(0.05)
+    process = checkout.started("--hours", hours, OPENAI_BASE_URL=server.url)
+    wait_for(lambda: server.requests, "the request")
     if how == "Ctrl-C":
         process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=15)
     assert process.returncode == (130 if how == "Ctrl-C" else 0) and "leaves no row" in out and not checkout.refs()
 
 
-OLD_LIMIT = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
-
-
 def test_a_refused_limit_of_the_reply_is_renamed_then_made_smaller_and_that_is_remembered(checkout, server):
+    old = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
     poor = error(402, "You requested up to 32000 tokens, but can only afford 4096")
-    llm(checkout, server, error(400, OLD_LIMIT), idea(1), poor, idea(2), idea(3), experiments=4)
+    llm(checkout, server, error(400, old), idea(1), poor, idea(2), idea(3), experiments=4)
     found = [[body[name] for name in body if name.startswith("max_")] for body in server.requests]
     assert found == [[32000], [32000], [32000], [8000], [8000]] and "max_completion_tokens" in server.requests[1]
     assert proposers(checkout) == "baseline llm llm llm"
@@ -271,12 +248,14 @@ def test_a_reply_is_asked_for_as_a_stream_and_taken_in_either_form(checkout, ser
 
 
 def test_a_stream_that_breaks_off_or_fails_is_asked_for_again_and_one_at_its_limit_goes_back(checkout, server):
-    begun = streamed(idea(2), finish=None, end="")
+    begun = streamed(idea(9), finish=None, end="")
+    cut = 200, [*begun[1], 'data: {"choices": [{"del']  # within a line
     failed = 200, [*begun[1], 'data: {"error": {"message": "worker died", "code": 502}}\n\n']
-    script = [streamed(idea(1)), begun, failed, streamed(idea(3), finish="length"), streamed(idea(4))]
-    llm(checkout, server, *script, experiments=3, outage_s=20.0)
-    assert descriptions(checkout)[1:] == ["idea 1", "idea 4"] and "was cut off after" in server.asked(4)
-    assert "worker died" in (checkout.root / "runs" / "t" / "0003" / "llm.md").read_text()
+    script = [streamed(idea(1)), cut, streamed(idea(2)), begun, failed]
+    script += [streamed(idea(3), finish="length"), streamed(idea(4))]
+    llm(checkout, server, *script, experiments=4, outage_s=20.0)
+    assert descriptions(checkout)[1:] == ["idea 1", "idea 2", "idea 4"] and "was cut off after" in server.asked(6)
+    assert "worker died" in (checkout.root / "runs" / "t" / "0004" / "llm.md").read_text()
 
 
 @pytest.mark.parametrize("how", ["a stream called plain", "plain called a stream", "a line separator"])
@@ -285,12 +264,6 @@ def test_an_answer_is_known_by_what_it_is_and_not_by_what_it_is_called(checkout,
     answer = completion(idea(1)) if how == "plain called a stream" else streamed(idea(1).replace(" ", "\u2028", 1))[1]
     llm(checkout, server, (200, answer, called))
     assert proposers(checkout) == "baseline llm" and len(server.requests) == 1
-
-
-def test_a_stream_that_is_cut_within_a_line_is_asked_for_again(checkout, server):
-    cut = 200, [*streamed(idea(2), finish=None, end="")[1], 'data: {"choices": [{"del']
-    llm(checkout, server, idea(1), cut, idea(3), experiments=3, outage_s=20.0)
-    assert descriptions(checkout)[1:] == ["idea 1", "idea 3"]
 
 
 def test_a_form_that_is_refused_in_whatever_words_is_made_simpler(checkout, server):
@@ -302,11 +275,12 @@ def test_a_form_that_is_refused_in_whatever_words_is_made_simpler(checkout, serv
     server.requests.clear()  # of another shape than the others
 
 
-def test_a_server_that_refuses_streams_is_asked_plainly_from_then_on(checkout, server):
-    refuse = lambda body: error(400, "stream is not supported") if body.get("stream") else idea(1)  # noqa: E731
-    llm(checkout, server, refuse, refuse, idea(2), experiments=3)
+@pytest.mark.parametrize("status, words", [(400, "stream is not supported"), (422, "stream_options: extra inputs")])
+def test_a_server_that_refuses_streams_or_their_options_is_asked_without_from_then_on(checkout, server, status, words):
+    llm(checkout, server, error(status, words), idea(1), idea(2), experiments=3)
     assert proposers(checkout) == "baseline llm llm"
-    assert [body.get("stream") for body in server.requests] == [True, None, None]
+    then = (None if status == 400 else True, False)
+    assert [(b.get("stream"), "stream_options" in b) for b in server.requests] == [(True, True), then, then]
 
 
 SURROUNDINGS = {
@@ -359,15 +333,6 @@ def test_a_request_that_stays_too_long_is_left_to_the_search(checkout, server):
     streamed = [bool(body.get("stream")) for body in server.requests[1:6]]
     assert streamed == [True, True, True, False, False]  # as it was, with half the history, in three other forms
     del server.requests[5]  # without a system message
-
-
-def test_a_server_that_knows_no_stream_options_is_asked_without_them(checkout, server):
-    refuse = lambda body: error(422, "body.stream_options: extra inputs are not permitted")  # noqa: E731
-    llm(checkout, server, refuse, idea(1), idea(2), experiments=3)
-    assert proposers(checkout) == "baseline llm llm"
-    assert [(body["stream"], "stream_options" in body) for body in server.requests] == [(True, True)] + [
-        (True, False)
-    ] * 2
 
 
 # What becomes of a reply
@@ -575,30 +540,23 @@ def test_after_eight_misses_the_question_changes_and_again_with_each_further_one
 # Asked ahead
 
 
-def waiting(flag):
-    """A reply whose run goes on when a file is there, or after four seconds."""
-    lines = f"import os, time\n    until = time.monotonic() + 4\n    while not os.path.exists({str(flag)!r})"
-    wait = f"    {lines} and time.monotonic() < until:\n        time.sleep(0.01)\n    step = 0"
-    return rewrite("    step = 0", wait, description="waits")
-
-
 @pytest.mark.parametrize("where", ["--prefetch", "on this machine", "elsewhere"])
-def test_the_next_is_asked_for_while_one_trains_if_the_model_is_elsewhere(
-    checkout, server, tmp_path, monkeypatch, where
-):
+def test_the_next_is_asked_for_while_one_trains_if_the_model_is_away(checkout, server, tmp_path, monkeypatch, where):
     """Such a server is reached through a proxy, which here answers itself."""
     monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    seen = []
+    flag, seen = tmp_path / "asked", []
 
     def second(body):
         seen.extend(row["id"] for row in checkout.rows())
-        (tmp_path / "asked").touch()
+        flag.touch()
         return idea(2)
 
     url = "http://models.invalid/v1" if where == "elsewhere" else server.url
     prefetch, ahead = True if where == "--prefetch" else None, where in ("--prefetch", "elsewhere")
-    first = waiting(tmp_path / "asked") if ahead else idea(1)
+    lines = f"import os, time\n    until = time.monotonic() + 4\n    while not os.path.exists({str(flag)!r})"
+    wait = f"    {lines} and time.monotonic() < until:\n        time.sleep(0.01)\n    step = 0"
+    first = rewrite("    step = 0", wait, description="waits") if ahead else idea(1)
     llm(checkout, server, first, second, prefetch=prefetch, base_url=url, guard=False)
     assert seen == ["0001"] + ["0002"] * (not ahead) and len(checkout.rows()) == 3 and len(server.requests) == 2
     assert ("# Running now" in server.asked(1)) == ahead
@@ -620,7 +578,7 @@ def test_what_does_not_fit_the_new_best_is_dropped_and_asked_for_anew(checkout, 
         "a block": rewrite(NOTE, "NOTE = 'late'"),
         "the same": reply("SET NOTE = 'kept'"),
     }[how]
-    llm(checkout, server, scored(1.05, "\nSET NOTE = 'kept'"), late, idea(3), prefetch=True, experiments=3)
+    llm(checkout, server, scored(1.05, note="kept"), late, idea(3), prefetch=True, experiments=3)
     assert capsys.readouterr().out.count("dropped before training") == 1 and len(server.requests) == 3
     _, keep, last = checkout.rows()
     assert last["description"] == "idea 3" and last["parent"] == keep["commit"]

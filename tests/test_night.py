@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, commit_all, make_checkout, reply
+from conftest import ROOT, commit_all, llm, make_checkout, reply, wait_for
 
 import agent
 
@@ -32,13 +32,6 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def wait_for(found, what, limit_s=LIMIT_S):
-    limit = time.monotonic() + limit_s
-    while not found():
-        assert time.monotonic() < limit, what
-        time.sleep(0.05)
-
-
 def is_whole(checkout):
     """The record and its views agree, and nothing is half done."""
     refs, rows = checkout.refs(), checkout.rows()
@@ -47,18 +40,6 @@ def is_whole(checkout):
     assert not list(checkout.root.glob("runs/*/*/work"))
     assert checkout.git("fsck", "--no-dangling") == ""
     return rows
-
-
-def started(checkout, *args, **env):
-    """agent.py as a process in a session of its own, its output in a pipe."""
-    command = checkout.command("--sandbox", "off", *args)
-    return subprocess.Popen(command, cwd=checkout.root, env=checkout.env(**env), stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
-
-
-def llm(checkout, server, *script, **more):
-    server.script[:] = script
-    return checkout.session(**{"proposer": "llm", "base_url": server.url, "experiments": len(script) + 1, **more})
 
 
 def rate(value):
@@ -109,7 +90,7 @@ def stop_and_go_on(checkout, process, numbers, rows):
 def test_a_signal_ends_a_run_and_the_same_command_goes_on(checkout, tmp_path, phase, numbers):
     """Exit 130 and nothing left alive, while a hangup changes nothing; a second signal ends at once."""
     hold(checkout, tmp_path / "flag", phase)
-    process = started(checkout, "--proposer", "search")
+    process = checkout.started("--proposer", "search")
     wait_for(lambda: is_held(checkout, phase), phase)
     (tmp_path / "flag").unlink()
     stop_and_go_on(checkout, process, numbers, rows=1)
@@ -118,7 +99,7 @@ def test_a_signal_ends_a_run_and_the_same_command_goes_on(checkout, tmp_path, ph
 def test_a_signal_ends_the_wait_for_the_model(checkout, server):
     asked, answer = threading.Event(), threading.Event()
     server.script[:] = [rate(2.0), lambda body: asked.set() or answer.wait(LIMIT_S) or rate(2.5)]
-    process = started(checkout, OPENAI_BASE_URL=server.url)
+    process = checkout.started(OPENAI_BASE_URL=server.url)
     wait_for(asked.is_set, "the second request")
     stop_and_go_on(checkout, process, [signal.SIGINT], rows=2)
     answer.set()
@@ -129,7 +110,7 @@ def test_a_run_dies_with_the_agent(checkout, mode):
     """By SIGKILL, which the agent cannot answer. Without a sandbox only what is still in the run's group is found."""
     text = (ROOT / "tests" / "cheats" / "machine" / "ignore_signals.py").read_text()
     checkout.commit(text if mode == "require" else text.replace("os.setsid()", "pass"))
-    process = started(checkout, "--proposer", "search", "--sandbox", mode)
+    process = checkout.started("--proposer", "search", "--sandbox", mode)
     wait_for(lambda: any("it hangs" in log.read_text() for log in checkout.root.glob("runs/*/0001/run.log")), "the run")
     assert len(checkout.left_over()) >= 3  # the agent, the run and its child
     process.kill()
@@ -143,7 +124,7 @@ def test_a_run_dies_with_the_agent(checkout, mode):
 
 
 def test_nobody_who_reads_the_output_is_no_reason_to_end(checkout):
-    process = started(checkout, "--proposer", "search", "--experiments", "3")
+    process = checkout.started("--proposer", "search", "--experiments", "3")
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(LIMIT_S) == 0 and len(is_whole(checkout)) == 3
@@ -276,7 +257,7 @@ def test_where_no_sandbox_can_be_had_the_session_says_so_or_ends(checkout, monke
 @pytest.mark.slow
 def test_an_agent_that_stood_still_runs_the_experiment_again(checkout):
     """Ctrl-Z, or a paused virtual machine, while an experiment trains."""
-    process = started(checkout, "--proposer", "search", "--experiments", "2", "--time-budget", "2")
+    process = checkout.started("--proposer", "search", "--experiments", "2", "--time-budget", "2")
     wait_for(lambda: any("step" in log.read_text() for log in checkout.root.glob("runs/*/0002/run.log")), "a step")
     process.send_signal(signal.SIGSTOP)
     time.sleep(15)
@@ -330,7 +311,7 @@ def test_two_worktrees_go_on_at_the_same_moment(checkout):
     checkout.git("worktree", "add", "-q", "--detach", "../other")
     other = type(checkout)(checkout.root.parent / "other", checkout.cache)
     tags = [(checkout, "here"), (other, "there")]
-    both = [started(one, "--proposer", "search", "--experiments", "3", "--tag", tag) for one, tag in tags]
+    both = [one.started("--proposer", "search", "--experiments", "3", "--tag", tag) for one, tag in tags]
     for process in both:
         out, _ = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 0, out
@@ -342,7 +323,7 @@ def test_two_worktrees_go_on_at_the_same_moment(checkout):
 def test_of_two_worktrees_started_at_the_same_moment_without_a_tag_one_is_refused(checkout):
     checkout.git("worktree", "add", "-q", "--detach", "../other")
     other = type(checkout)(checkout.root.parent / "other", checkout.cache)
-    both = [started(one, "--proposer", "search", "--experiments", "2") for one in (checkout, other)]
+    both = [one.started("--proposer", "search", "--experiments", "2") for one in (checkout, other)]
     told = [process.communicate(timeout=LIMIT_S)[0] for process in both]
     refused, made = sorted(zip([p.returncode for p in both], told), reverse=True)
     assert (refused[0], made[0]) == (2, 0) and "Traceback" not in refused[1] and "autoresearch/" in refused[1]

@@ -14,28 +14,13 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TOY, USER, commit_all, make_checkout, reply
+from conftest import ROOT, TOY, USER, commit_all, llm, make_checkout, reply, rewrite, scored, wait_for
 
 import agent
 
 FINISH = "    prepare.finish(model, steps=step, tokens=1_000_000)"
 MODEL_LINE = next(line for line in (TOY / "train.py").read_text().splitlines() if line.startswith("    return {"))
 GONE = 404, {"error": {"message": "no repair today"}}  # an answer after which the model is not asked again
-
-
-def llm(checkout, server, *script, **more):
-    """A session whose model answers from a script; it ends when the script does."""
-    server.script += script
-    return checkout.session(**{"proposer": "llm", "base_url": server.url, "experiments": 1 + len(script), **more})
-
-
-def rewrite(old, new, more="", **fields):
-    return reply(f"<<<<<<< SEARCH\n{old}\n=======\n{new}\n>>>>>>> REPLACE\n{more}", **fields)
-
-
-def scored(value, more="", note=""):
-    """A reply whose program gets this score, or one by seed. NOTE tells it from another within a hair's breadth."""
-    return reply(f"SET BPB = {value}\nSET NOTE = {note or str(value)!r}{more}", description=f"score {value}")
 
 
 def seeds(**values):
@@ -90,11 +75,11 @@ def clean(checkout):
 
 
 def test_every_experiment_is_one_commit_under_one_ref(checkout, server):
-    start, secret = head(checkout, "main"), "sk-secret"
+    start = head(checkout, "main")
     script = [scored(1.05), scored(1.05, "\nSET RATE = 2.0"), scored(1.2)]
     script += [rewrite(MODEL_LINE, '    return {"invalid": "looks ahead", "bpb": 0.1}', description="peek")]
     script += [rewrite("    step = 0", "    raise TypeError('no')", description="bad"), GONE]
-    assert llm(checkout, server, *script, experiments=6, tag="t", api_key=secret) == 0
+    assert llm(checkout, server, *script, experiments=6, tag="t") == 0
     assert facts(checkout, "id", "status", "val_bpb", "description", "proposer") == [
         "0001 keep 1.056169 baseline baseline",
         "0002 keep 1.050000 score 1.05 llm",
@@ -122,9 +107,6 @@ def test_every_experiment_is_one_commit_under_one_ref(checkout, server):
     assert facts(checkout, "seed", "tag", "role", "memory_gb", "llm_tokens")[1] == "42 t generalist 0.5 100"
     assert head(checkout) == keep and clean(checkout) and "BPB = 1.05" in checkout.text()
     assert checkout.git("symbolic-ref", "--short", "HEAD") == "autoresearch/t"
-    assert secret not in checkout.git("log", "-p", "--all", "--glob=refs/autoresearch")
-    kept = [p for p in (checkout.root / "runs").rglob("*") if p.is_file()]
-    assert kept and not any(secret in p.read_text(errors="replace") for p in kept)
 
 
 CRASHES = {
@@ -244,7 +226,6 @@ def test_results_and_run_folders_are_made_again_when_lost_torn_or_edited(checkou
 
     def harm(how):
         seen.append(path.read_text())
-        assert seen[-1].startswith(seen[max(0, len(seen) - 2)])
         how(seen[-1])
 
     harms = [
@@ -254,7 +235,8 @@ def test_results_and_run_folders_are_made_again_when_lost_torn_or_edited(checkou
     ]
     script = [after(lambda how=how: harm(how), scored(1.2 + i / 100)) for i, how in enumerate(harms)]
     llm(checkout, server, scored(1.05), *script, tag="t")
-    assert path.read_text().startswith(seen[-1]) and len(checkout.rows()) == 5
+    seen.append(path.read_text())
+    assert all(new.startswith(old) for old, new in zip(seen, seen[1:])) and len(checkout.rows()) == 5
     assert "mine" not in path.read_text() and (checkout.root / "runs/t/0005/run.log").exists()
 
 
@@ -309,18 +291,10 @@ def test_a_train_py_of_the_users_is_refused_at_a_start_and_stays(checkout, harm)
     assert checkout.git("branch", "--format=%(refname:short)") == "main"
 
 
-def stage(checkout):
-    return "update-index", "--cacheinfo", f"100644,{head(checkout, 'HEAD:agent.py')},train.py"
-
-
-def append(checkout):
-    (checkout.root / "train.py").write_text(checkout.text() + "#")
-
-
-CHANGED = "changed and not committed"
+CHANGED, STAGE = "changed and not committed", "update-index --cacheinfo 100644,{},train.py"
 WAITS = {
-    "an edit": (append, [*USER, "stash", "push", "train.py"], CHANGED),
-    "staged text": (lambda c: c.git(*stage(c)), ["reset", "train.py"], CHANGED),
+    "an edit": (lambda c: (c.root / "train.py").write_text("#"), [*USER, "stash", "push", "train.py"], CHANGED),
+    "staged text": (lambda c: c.git(*STAGE.format(head(c, "HEAD:agent.py")).split()), ["reset", "train.py"], CHANGED),
     "another HEAD": (lambda c: c.git("checkout", "main"), ["checkout", "autoresearch/t"], "with it: git checkout a"),
 }
 
@@ -433,8 +407,7 @@ def test_a_lock_file_of_gits_is_named_and_never_deleted(checkout, server, monkey
     path, log, found = checkout.root / ".git" / lock, checkout.root / "runs/t/session.log", []
 
     def user():
-        while f"rm {path}" not in log.read_text():
-            time.sleep(0.05)
+        wait_for(lambda: f"rm {path}" in log.read_text(), "the line")
         found.append(path.exists())
         path.unlink()  # as the line says
 
@@ -442,11 +415,8 @@ def test_a_lock_file_of_gits_is_named_and_never_deleted(checkout, server, monkey
         path.touch()
         threading.Thread(target=user, daemon=True).start()
 
-    def gone():
-        while not found:
-            time.sleep(0.05)
-
-    llm(checkout, server, scored(1.1), after(locking, scored(1.05)), after(gone, scored(1.3)), tag="t")
+    gone = after(lambda: wait_for(lambda: found, "the user"), scored(1.3))
+    llm(checkout, server, scored(1.1), after(locking, scored(1.05)), gone, tag="t")
     assert found == [True] and facts(checkout, "id", "status")[2:] == ["0003 keep", "0004 discard"]
     assert head(checkout) == commits(checkout)[2] and clean(checkout)
 
@@ -478,16 +448,6 @@ def test_a_gain_in_doubt_is_confirmed_on_a_second_seed(checkout, server):
     assert texts[1] == texts[3] and texts[2] == texts[0] and texts[6] == texts[7]
     assert head(checkout) == made[7] and checkout.trailers("0007")["Bar"] == "1.045"
     assert checkout.trailers("0008")["Repeats"] == "0007"
-
-
-def test_of_a_gain_that_is_too_good_to_be_true_only_the_second_run_counts(checkout, server):
-    values = [seeds(s42=0.5, s43=1.04), 1.041, seeds(s42=0.9, s43=1.05)]
-    llm(checkout, server, *map(scored, values), confirm="never", tag="t")
-    found, (_, what, _, again, *_) = facts(checkout, "status", "val_bpb"), facts(checkout, "description")
-    assert found[:4] == ["keep 1.056169", "maybe 0.500000", "verify 1.056169", "keep 1.040000"]
-    assert found[4:] == ["discard 1.041000", "maybe 0.900000", "discard 1.050000"]
-    assert "too good to believe at once" in what and "1.040000" in again
-    assert checkout.trailers("0005")["Bar"] == "1.04" and head(checkout) == commits(checkout)[3]
 
 
 def test_a_confirmation_that_is_cut_off_leaves_no_row_and_is_taken_up_again(checkout, server):
@@ -588,22 +548,13 @@ def test_the_session_ends_at_its_deadline(checkout):
     began = time.monotonic()
     assert checkout.session(hours=3 / 3600) == 0
     assert 1 < time.monotonic() - began < 20 and len(checkout.rows()) >= 2
-    assert "shorter than one run of 5 s" in error_of(checkout, hours=1 / 3600, time_budget=5.0, tag="u")
 
 
 @pytest.mark.slow
 def test_time_is_kept_for_the_verification(checkout, server):
     checkout.commit(checkout.text().replace("BPB = None", f"BPB = {BASE_SCORES}"))
-    llm(
-        checkout,
-        server,
-        scored(BEST_SCORES),
-        proposer="mix",
-        experiments=None,
-        hours=25 / 3600,
-        verify=True,
-        time_budget=0.5,
-    )
+    more = {"proposer": "mix", "experiments": None, "hours": 25 / 3600, "verify": True, "time_budget": 0.5}
+    llm(checkout, server, scored(BEST_SCORES), **more)
     found = facts(checkout, "seed")
     assert [seed for seed in found if len(seed) == 3] == ["101", "101", "102", "102", "103", "103"] and len(found) > 8
 
@@ -637,11 +588,9 @@ def test_the_readmes_line_for_the_morning_works_as_typed_also_with_a_brief_edite
 def test_a_session_may_start_on_a_detached_head_and_only_one_at_a_time(checkout, server):
     checkout.git("checkout", "-q", "--detach")
 
-    def second():
-        done = checkout.run("--proposer", "search", "--sandbox", "off")
-        assert done.returncode == 2 and "running in this checkout already" in done.stderr
-
-    llm(checkout, server, scored(1.05), after(second, scored(1.04)), tag="t")
+    done, args = [], ("--proposer", "search", "--sandbox", "off")
+    llm(checkout, server, scored(1.05), after(lambda: done.append(checkout.run(*args)), scored(1.04)), tag="t")
+    assert done[0].returncode == 2 and "running in this checkout already" in done[0].stderr
     assert len(checkout.rows()) == 3 and checkout.git("symbolic-ref", "--short", "HEAD") == "autoresearch/t"
 
 

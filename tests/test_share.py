@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import USER, Checkout, reply
+from conftest import USER, Checkout, reply, wait_for
 
 import agent
 
@@ -44,13 +45,6 @@ class Pool:
         usual = {"share": str(self.root), "agent": name, "tag": "t", "confirm": "never", "experiments": 2}
         return self.clone(name).session(**usual | more)
 
-    def start(self, name, *args):
-        """The same as a process."""
-        clone = self.clone(name)
-        command = clone.command("--share", str(self.root), "--agent", name, "--tag", "t", "--sandbox", "off", *args)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, cwd=clone.root, env=clone.env(), **pipes)
-
     def forge(self, name, of, subject="", **trailers):
         """A row of another name, made from one that is there, as a hostile peer would; of: a ref."""
         message = self.git("log", "-1", "--format=%B", of)
@@ -59,12 +53,10 @@ class Pool:
         tree, parent = self.git("rev-parse", f"{of}^{{tree}}", f"{of}^").split()
         who = "a <a@a> 1760000000 +0000"
         tree, message = trailers.get("tree") or tree, f"{subject}{message[message.index(chr(10)) * bool(subject) :]}\n"
-        raw = f"tree {tree}\nparent {parent}\nauthor {who}\ncommitter {who}\n\n{message}".encode(
-            "utf-8", "surrogateescape"
-        )
-        command = ["git", "hash-object", "-t", "commit", "-w", "--stdin", "--literally"]
-        done = subprocess.run(command, cwd=self.root, input=raw, check=True, capture_output=True)
-        self.git("update-ref", f"{ROWS}{name}", done.stdout.decode().strip())
+        raw = f"tree {tree}\nparent {parent}\nauthor {who}\ncommitter {who}\n\n{message}"
+        words = "hash-object -t commit -w --stdin --literally".split()
+        commit = self.git(*words, input=raw, encoding="utf-8", errors="surrogateescape")
+        self.git("update-ref", f"{ROWS}{name}", commit)
 
     def text(self, of, old, new):
         """The tree of a row with another train.py."""
@@ -76,17 +68,12 @@ class Pool:
 
 @pytest.fixture
 def pool(checkout):
-    env = checkout.env(AUTORESEARCH_CACHE=str(checkout.cache))
-    subprocess.run([sys.executable, "prepare.py"], cwd=checkout.root, env=env, check=True)
+    subprocess.run([sys.executable, "prepare.py"], cwd=checkout.root, env=checkout.env(), check=True)
     return Pool(checkout)
 
 
 def scored(value, name):
     return reply(f"SET BPB = {value}", description=name)
-
-
-def told(rows):
-    return [(r["id"], r["status"], r["description"]) for r in rows]
 
 
 @pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -99,14 +86,9 @@ def test_agents_at_once_train_nothing_twice_and_see_each_others_rows(pool, serve
         return reply(f"SET RATE = {rate}", description=f"RATE = {rate}")
 
     server.script += [answer] * 200
-    env = {"OPENAI_BASE_URL": server.url}
-    names, processes = [f"w{i}" for i in range(number)], []
-    for name in names:
-        clone = pool.clone(name)
-        args = ("--share", str(pool.root), "--agent", name, "--tag", "t", "--sandbox", "off", "--confirm", "never")
-        command = clone.command(*args, "--experiments", "4", "--time-budget", "0.5")
-        processes.append(subprocess.Popen(command, cwd=clone.root, env=clone.env(**env), stdout=subprocess.PIPE))
-    for process in processes:
+    args = f"--share {pool.root} --tag t --confirm never --experiments 4 --time-budget 0.5 --agent".split()
+    names = [f"w{i}" for i in range(number)]
+    for process in [pool.clone(name).started(*args, name, OPENAI_BASE_URL=server.url) for name in names]:
         assert process.wait(100) == 0
     refs = pool.refs()
     assert len(refs) == 4 * number and not pool.refs("refs/autoresearch-claims/")  # all are settled
@@ -139,10 +121,9 @@ def test_an_offer_that_does_not_hold_is_a_row_that_everyone_sees_and_is_run_once
     pool.forge("0002-c", f"{ROWS}0002-a", Score="1.02", Status="keep", Text="0" * 40)  # not even its text's name
     pool.session("b", experiments=4)
     rows = [row for row in pool.clone("b").rows() if row["id"].endswith("-b")]
-    assert [row["proposer"] for row in rows] == ["baseline", "peer", "search", "search"] and rows[1][
-        "status"
-    ] == "discard"
-    assert f"{ROWS}0002-b" in pool.refs() and "did not hold" in pool.clone("b").text("runs/t-b/report.md")
+    assert [row["proposer"] for row in rows] == ["baseline", "peer", "search", "search"]
+    assert rows[1]["status"] == "discard" and f"{ROWS}0002-b" in pool.refs()
+    assert "did not hold" in pool.clone("b").text("runs/t-b/report.md")
 
 
 def test_a_gain_that_is_too_good_spreads_once_somebody_has_repeated_it(pool, server):
@@ -176,9 +157,7 @@ def test_rows_of_all_are_history_and_those_of_other_devices_are_shown_as_ideas(p
 
 def test_what_another_runs_now_goes_back_with_its_name_until_its_claim_is_stale(pool, server, monkeypatch):
     pool.session("a", experiments=1)
-    text = pool.first.text().replace("RATE = 1.0 ", "RATE = 0.5 ")
-    s = shared(pool, "dead")
-    agent.claim(s, text)
+    agent.claim(shared(pool, "dead"), pool.first.text().replace("RATE = 1.0 ", "RATE = 0.5 "))
     (ref, claimed), *_ = pool.refs("refs/autoresearch-claims/").items()
     server.script += [reply("SET RATE = 0.5"), reply("SET RATE = 0.6", description="else")]
     pool.session("b", proposer="llm", base_url=server.url)
@@ -203,21 +182,16 @@ def shared(pool, name):
 def test_of_two_claims_in_the_same_instant_one_wins(pool, times):
     pool.session("a", experiments=1)
     sessions, gate = [shared(pool, name) for name in "bc"], threading.Barrier(2)
-    for i in range(times):
-        won = []
 
-        def race(s, i=i, won=won):
-            gate.wait()
-            with contextlib.suppress(agent.EditError):
-                agent.claim(s, f"RATE = {i}\n")
-                won.append(s.config.agent)
+    def race(s, i):
+        gate.wait()
+        with contextlib.suppress(agent.EditError):
+            agent.claim(s, f"RATE = {i}\n")
+            return s.config.agent
 
-        threads = [threading.Thread(target=race, args=(s,)) for s in sessions]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(won) == 1, i
+    with ThreadPoolExecutor() as both:
+        for i in range(times):
+            assert len([*filter(None, both.map(race, sessions, [i, i]))]) == 1, i
 
 
 def test_a_remote_that_is_away_is_told_once_and_caught_up_with(pool, server, capsys):
@@ -303,10 +277,9 @@ def test_a_hostile_peer_moves_nothing_and_is_counted(pool, server):
 def test_a_program_of_a_peer_that_the_guard_refuses_does_not_run_here(pool):
     pool.session("a", experiments=2)
     tree = pool.text(f"{ROWS}0002-a", "    step = 0", "    import os; os.system('touch /tmp/x')")
-    pool.forge(
-        f"{ROWS}0001-evil", f"{ROWS}0002-a", Id="0001-evil", Score="1.02", Status="keep", Text="2" * 40, tree=tree
-    )
+    pool.forge("0001-evil", f"{ROWS}0002-a", Score="1.02", Status="keep", Text="2" * 40, tree=tree)
     pool.session("b", experiments=2)
+    assert "0001-evil" in pool.clone("b").text("results.tsv")
     assert [row["proposer"] for row in pool.clone("b").rows() if row["id"].endswith("-b")] == ["baseline", "search"]
 
 
@@ -314,9 +287,9 @@ def test_killed_in_the_middle_of_a_push_it_goes_on_and_all_rows_arrive(pool):
     hook = pool.root / "hooks" / "pre-receive"
     hook.write_text("#!/bin/sh\ntouch pushing\nsleep 2\n")
     hook.chmod(0o755)
-    process = pool.start("a", "--proposer", "search", "--experiments", "9", "--confirm", "never")
-    while not (pool.root / "pushing").exists():
-        time.sleep(0.01)
+    args = f"--share {pool.root} --agent a --tag t --confirm never --experiments 9 --proposer search"
+    process = pool.clone("a").started(*args.split())
+    wait_for((pool.root / "pushing").exists, "the push")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     hook.unlink()
@@ -327,8 +300,7 @@ def test_killed_in_the_middle_of_a_push_it_goes_on_and_all_rows_arrive(pool):
 
 def test_a_name_that_has_rows_elsewhere_and_a_shared_branch_without_a_remote_are_one_line(pool):
     pool.session("a", experiments=1)
-    fresh = Checkout(pool.root.parent / "fresh", pool.first.cache)
-    pool.git("clone", "-q", pool.root, fresh.root)
+    fresh = pool.clone("fresh")
     usual = ("--proposer", "search", "--experiments", "1", "--sandbox", "off")
     done = fresh.run(*usual, "--share", "origin", "--agent", "a", "--tag", "t")
     assert done.returncode == 2 and "take another --agent NAME" in done.stderr and done.stderr.count("\n") == 1
@@ -342,8 +314,7 @@ def test_a_name_that_has_rows_elsewhere_and_a_shared_branch_without_a_remote_are
 
 
 def test_away_at_a_start_it_goes_on_and_stopped_in_its_first_run_it_begins_again(pool, server, capsys):
-    stop = lambda body: (agent.STOP.set(), reply("SET RATE = 0.5"))[1]  # noqa: E731
-    server.script += [stop]
+    server.script.append(lambda body: (agent.STOP.set(), reply("SET RATE = 0.5"))[1])
     try:
         assert pool.session("a", proposer="llm", base_url=server.url) == 130
     finally:
@@ -358,8 +329,7 @@ def test_away_at_a_start_it_goes_on_and_stopped_in_its_first_run_it_begins_again
 
 def test_two_agents_of_one_name_are_told(pool, capsys):
     pool.session("a")
-    other = Checkout(pool.root.parent / "other", pool.first.cache)
-    pool.git("clone", "-q", pool.root, other.root)
+    other = pool.clone("other")
     s = agent.Session(other.config(share=str(pool.root), agent="a", tag="t"), None, agent.Screen(), "")
     other.git("update-ref", f"{ROWS}0001-a", "main")
     other.git("update-ref", "refs/heads/autoresearch/t-a", "main")
@@ -375,20 +345,6 @@ def test_worktrees_of_one_repository_share_it_by_themselves(checkout):
     second.session(share=str(checkout.root), agent="b", **usual)
     assert [row["id"] for row in second.rows()] == ["0001-a", "0002-a", "0001-b", "0002-b"]
     assert second.rows()[-1]["proposer"] in ("peer", "search") and checkout.refs() == second.refs()
-
-
-BAD = {
-    "no remote": (("--share", "nowhere"), "nowhere"),
-    "a name": (("--share", ".", "--agent", "a..b"), "use letters, digits"),
-    "no remote for the name": (("--agent", "a"), "--share ."),
-}
-
-
-@pytest.mark.parametrize("what", BAD)
-def test_bad_sharing_is_one_line(checkout, what):
-    args, line = BAD[what]
-    done = checkout.run("--proposer", "search", "--sandbox", "off", *args)
-    assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_what_others_wrote_runs_in_a_sandbox_or_by_ones_own_word(checkout, monkeypatch):

@@ -137,10 +137,8 @@ def test_a_guess_from_the_row_is_what_followed_the_same_tokens_last(n):
         assert (kind > 0) == bool(earlier)
         if earlier:
             assert token == row[earlier[-1] + 1]
-            stood = [
-                m for m in orders if any(row[j - m + 1 : j + 1] == row[i - m + 1 : i + 1] for j in range(m - 1, i))
-            ]
-            assert kind == train.KINDS * (n - 1) + 16 * len(stood) + int(train.level(torch.tensor(i - earlier[-1])))
+            stood = sum(row[i - m + 1 : i + 1] in (row[j - m + 1 : j + 1] for j in range(m - 1, i)) for m in orders)
+            assert kind == train.KINDS * (n - 1) + 16 * stood + int(train.level(torch.tensor(i - earlier[-1])))
 
 
 @pytest.mark.parametrize("n", range(2, train.TEXT_GRAMS + 2))
