@@ -312,8 +312,6 @@ class Row:
 TRAILERS = {f.name: f.name.replace("_", "-").title() for f in fields(Row)[5:]}
 PARSED = {"str": lambda text: one_line(text)[:4000], "int": lambda text: int(float(text)), "float": float}
 PARSED = {f.name: PARSED[f.type.split(" ")[0]] for f in fields(Row)[5:]} | {"held": str}  # what a trailer's text says
-
-
 STOP = threading.Event()  # set by Ctrl-C and SIGTERM
 
 
@@ -344,9 +342,8 @@ class Session:
     remote: threading.Lock = field(default_factory=threading.Lock)  # one thread at a time speaks to it
     away: str = ""  # why it could not be reached last
     told: bool = False  # that there is trouble with it
-    pushed: str = ""  # the refs that it has of ours
     claimed: set[str] = field(default_factory=set)  # programs
-    seen: dict[str, float] = field(default_factory=dict)  # claims of others, and when first
+    seen: dict[str, float] = field(default_factory=lambda: defaultdict(time.monotonic))  # claims of others, since when
     ignored: set[str] = field(default_factory=set)  # what others put there and nobody should believe
 
     @property
@@ -374,13 +371,12 @@ class Session:
     def pause(self, seconds: float, why: str = "", overtime_s: float = 0.0) -> None:
         """Wait, and say on the live line what for: every wait of the loop comes by here. Raises Over."""
         until = time.monotonic() + seconds
-        while True:
-            if STOP.is_set() or self.left_s < -overtime_s:
-                raise Over("stopped" if STOP.is_set() else "the deadline came")
+        while not STOP.is_set() and self.left_s >= -overtime_s:
             if (left_s := until - time.monotonic()) <= 0:
                 return
             self.screen.phase(why)
             time.sleep(min(left_s, POLL_S))
+        raise Over("stopped" if STOP.is_set() else "the deadline came")
 
 
 # ---- The record: git refs are the only truth, and everything else is a view of them ----------------------------------
@@ -399,8 +395,7 @@ def git(config: Config, *args: str, stdin="", default: str | None = None, raw=Fa
         lock = re.search(r"'([^']+\.lock)': File exists", said)
         hint = f"another git command runs here, or died. If none runs: rm {lock[1]}" if lock else ""
         raise OSError(hint or one_line(f"git {args[0]}: {said}")[:400])
-    found = default if done.returncode else os.fsdecode(done.stdout)
-    return found if raw else found.removesuffix("\n")
+    return (default if done.returncode else os.fsdecode(done.stdout)).removesuffix("" if raw else "\n")
 
 
 @lru_cache(maxsize=1000)
@@ -423,12 +418,11 @@ def entries(config: Config, *args: str) -> dict[str, tuple[str, str]]:
 
 def parse_row(commit: str, parent: str, text: str) -> Row | None:
     """The row that a commit message holds; None where it is none of this format."""
-    head, _, trailers = text.strip().rpartition("\n\n")
-    description, _, hypothesis = head.partition("\n\n")
-    values = dict(re.findall(r"^([A-Z][\w-]*): (.*)$", trailers, re.M))
     with contextlib.suppress(ValueError, ArithmeticError):
+        description, *told, trailers = text.strip().split("\n\n")
+        values = dict(re.findall(r"^([A-Z][\w-]*): (.*)$", trailers, re.M))
         found = {name: PARSED[name](values[key]) for name, key in TRAILERS.items() if key in values}
-        r = Row(one_line(description)[:200], one_line(hypothesis)[:1000], (), commit, parent, **found)
+        r = Row(one_line(description)[:200], one_line(" ".join(told))[:1000], (), commit, parent, **found)
         whole = r.status != "keep" or r.score is not None and (r.bar is not None or r.proposer == "baseline")
         whole = whole and all(abs(value) < 1e100 for value in found.values() if isinstance(value, float))
         known = values.get("Format") == FORMAT and r.status in STATUSES and re.fullmatch(r"\d{1,9}(-[\w.]+)?", r.id)
@@ -450,9 +444,8 @@ def recall(s: Session) -> State:
             s.screen.say(f"skipped {odd[0]}{f' and {len(odd) - 1} more' * (len(odd) > 1)}: no rows of this version")
     rows = [r for ref, commit in refs.items() if (r := known[commit]) and ref == f"refs/autoresearch/{r.tag}/{r.id}"]
     rows = [r for r in rows if r.task == s.config.prefix]
-    began, roots, agent = {}, {}, s.config.agent
-    for r in rows:
-        began[r.tag, r.agent] = min(r.time, began.get((r.tag, r.agent), r.time))
+    roots, agent = {}, s.config.agent
+    began = {(r.tag, r.agent): r.time for r in sorted(rows, key=lambda r: r.time, reverse=True)}  # the first stays
     rows = tuple(sorted(rows, key=lambda r: (r.agent == agent, began[r.tag, r.agent], r.tag, r.agent, r.number)))
     mine = tuple(r for r in rows if (r.tag, r.agent) == (s.config.tag, agent))
     for r in mine:
@@ -535,8 +528,7 @@ def foreign(s: Session, state: State) -> tuple[str, set[str], dict[str, tuple[st
     views |= {blob for r in state.mine for blob in (r.text, r.brief)}
     here, staged = git(s.config, "hash-object", "--", "train.py", default=""), entries(s.config, "ls-files", "-s")
     name = f"{s.config.prefix}train.py"
-    put = f"Commit it (git commit {name} -m mine), or put it away (git stash push {name})"
-    why = f"{name} is changed and not committed. {put}"
+    why = f"{name} is changed and not committed. Commit it (git commit {name} -m mine), or: git stash push {name}"
     return "" if {here, staged.get("train.py", ("", here))[1]} - {""} <= views else why, views, staged
 
 
@@ -576,19 +568,15 @@ def fetch_rows(s: Session, limit_s: float = GIT_S) -> None:
     places = "refs/autoresearch/", f"{PEERS}/autoresearch/"
     with s.remote:
         git(s.config, "fetch", *how, s.config.share, *specs, limit_s=limit_s)
-        refs, new = refs_of(s.config, *places), {}
-        for ref, commit in refs.items():
-            name = ref.removeprefix(places[1])
-            known, whose = refs.get(places[0] + name), re.fullmatch(r"[\w.-]+/\d{1,9}-([\w.]+)", name)
-            if known or not whose or whose[1] == s.config.agent:
-                s.ignored |= {name} if name != ref and known != commit else set()
-            else:
-                new[name] = commit
+        refs = refs_of(s.config, *places)
+        new = {ref.removeprefix(places[1]): commit for ref, commit in refs.items() if ref.startswith(places[1])}
+        new = {name: commit for name, commit in new.items() if refs.get(places[0] + name) != commit}
         parts = ("", f":{s.config.prefix}train.py", f"^:{s.config.prefix}train.py")
         asked = "".join(f"{commit}{part}\n" for commit in new.values() for part in parts)
         lines = iter(git(s.config, "cat-file", "--batch-check=%(objecttype) %(objectsize)", stdin=asked).splitlines())
         for name, *sizes in list(zip(new, lines, lines, lines)):
-            if not re.fullmatch(r"commit \d{1,5}(, blob \d{1,5}){2}", ", ".join(sizes)):
+            row = re.fullmatch(r"[\w.-]+/\d{1,9}-([\w.]+) commit \d{1,5}( blob \d{1,5}){2}", " ".join([name, *sizes]))
+            if places[0] + name in refs or not row or row[1] == s.config.agent:
                 s.ignored.add(name)
                 del new[name]
         created = "".join(f"create refs/autoresearch/{name} {commit}\n" for name, commit in new.items())
@@ -600,39 +588,26 @@ def fetch_rows(s: Session, limit_s: float = GIT_S) -> None:
 def push_rows(s: Session) -> None:
     """Push our rows and our branch where they are new, and remove our claims that are settled. Raises OSError."""
     branch, rows = f"refs/heads/{s.branch}", f"refs/autoresearch/{s.config.tag}/*-{s.config.agent}"
-    own, done = git(s.config, "for-each-ref", rows, branch), {r.program for r in [*s.known.values()] if r}
-    problem = None
     with s.remote:
-        if own != s.pushed and "refs/autoresearch/" in own:
-            try:
+        own, running = git(s.config, "for-each-ref", rows), s.claimed - {r.program for r in [*s.known.values()] if r}
+        try:
+            if own:
                 git(s.config, *PUSH, s.config.share, f"+{branch}:{branch}", f"{rows}:{rows}")
-                s.pushed = own
-            except OSError as error:  # some may have passed all the same
-                problem = error
-        over = {
-            f"refs/{s.claims_at}/{program}": commit
-            for program, (commit, name) in claims(s).items()
-            if name == s.config.agent and (program in done or program not in s.claimed)
-        }
-        if over:
-            leases = [f"--force-with-lease={ref}:{commit}" for ref, commit in over.items()]
-            git(s.config, *PUSH, *leases, s.config.share, *(f":{ref}" for ref in over))
-    if problem:
-        raise problem
+        finally:  # where it is refused, some may have passed all the same
+            over = {p: commit for p, (commit, name) in claims(s).items() if name == s.config.agent and p not in running}
+            if over:
+                leases = [f"--force-with-lease=refs/{s.claims_at}/{p}:{commit}" for p, commit in over.items()]
+                git(s.config, *PUSH, *leases, s.config.share, *(f":refs/{s.claims_at}/{p}" for p in over))
 
 
 def exchange(s: Session, later_s: float = 0.0) -> None:
     """Push, and after a while fetch; a remote that is away is told once, and caught up with by the next exchange."""
-    problems = {}
-    for step, wait_s in (push_rows, 0.0), (fetch_rows, later_s):
-        time.sleep(wait_s)
-        try:
-            step(s)
-        except Exception as error:  # of a background that nobody waits for
-            problems[step] = one_line(str(error))
-    if problems and not s.told:
-        s.screen.say(f"      {s.config.share}: {[*problems.values()][0]}; going on, and catching up later")
-    s.told, s.away = bool(problems), problems.get(fetch_rows, "")
+    failed = asking(lambda: push_rows(s)).exception()
+    time.sleep(later_s)
+    away = asking(lambda: fetch_rows(s)).exception()
+    if (problem := failed or away) and not s.told:
+        s.screen.say(f"      {s.config.share}: {one_line(str(problem))}; going on, and catching up later")
+    s.told, s.away = bool(problem), one_line(str(away or ""))
 
 
 def claims(s: Session) -> dict[str, tuple[str, str]]:
@@ -644,12 +619,9 @@ def claims(s: Session) -> dict[str, tuple[str, str]]:
 
 def claimed_by_others(s: Session) -> dict[str, Row]:
     """The programs that other agents train now, like State.tried; not those whose claim has been there for too long."""
-    found = {}
-    for program, (commit, name) in claims(s).items() if s.config.share else ():
-        stands_s = time.monotonic() - s.seen.setdefault(commit, time.monotonic())
-        if name != s.config.agent and stands_s < 3 * (s.task.budget_s + LATE_S):
-            found[program] = Row("", id=f"that {name} runs now", tag=s.config.tag)
-    return found
+    found, since = claims(s) if s.config.share else {}, time.monotonic() - 3 * (s.task.budget_s + LATE_S)
+    names = {p: name for p, (commit, name) in found.items() if name != s.config.agent and s.seen[commit] > since}
+    return {program: Row("", id=f"that {name} runs now", tag=s.config.tag) for program, name in names.items()}
 
 
 def claim(s: Session, text: str) -> None:
@@ -661,19 +633,13 @@ def claim(s: Session, text: str) -> None:
         told = f"{s.config.agent}\n\n{s.began} {now()}"
         own = git(s.config, "commit-tree", git(s.config, "mktree"), stdin=told)
         ref = f"refs/{s.claims_at}/{program}"
-        for _ in range(2):
-            if taken := claimed_by_others(s).get(program):
-                raise EditError(f"this repeats an experiment {taken.id}: propose another.")
-            try:
-                with s.remote:  # made where there is none, or where it is still the stale one
-                    lease = f"--force-with-lease={ref}:{claims(s).get(program, ('', ''))[0]}"
-                    git(s.config, *PUSH, lease, s.config.share, f"{own}:{ref}")
+        lease = f"--force-with-lease={ref}:{claims(s).get(program, ('', ''))[0]}"  # where there is none, or a stale one
+        if program not in claimed_by_others(s):
+            with contextlib.suppress(OSError), s.remote:  # another may be faster
+                git(s.config, *PUSH, lease, s.config.share, f"{own}:{ref}")
                 s.claimed.add(program)
-                break
-            except OSError:  # another was faster
-                fetch_rows(s)
-        fetch_rows(s)  # whoever had claimed it before has pushed its row since
-        if r := recall(s).tried.get(program):
+            fetch_rows(s)  # whoever had claimed it before has pushed its row since
+        if r := (recall(s).tried | claimed_by_others(s)).get(program):
             raise EditError(f"this repeats experiment {r.tag}/{row_line(s.task, r)}.")
     except OSError as error:
         s.away = str(error)  # until an exchange succeeds
@@ -790,8 +756,8 @@ def apply_edits(text: str, edits: tuple[Edit, ...], preset: str) -> str:
 
 
 PART = r"((?:(?![ \t]*(?:<{5,9} ?SEARCH|={5,9}[ \t]*$|>{5,9} ?REPLACE)).*\n)*)"  # lines that are no marker
-BLOCK = re.compile(rf"^[ \t]*<{{5,9}} ?SEARCH[ \t]*\n{PART}[ \t]*={{5,9}}[ \t]*\n{PART}[ \t]*>{{5,9}} ?REPLACE", re.M)
-SET = re.compile(r"^[ \t>*`\-\d.)]*SET[ \t]+`?([A-Za-z_]\w*)`?[ \t]*(?:=|:|to\b)[ \t]*(.+?)[ \t`*]*$", re.M)
+BLOCK = rf"^[ \t]*<{{5,9}} ?SEARCH[ \t]*\n{PART}[ \t]*={{5,9}}[ \t]*\n{PART}[ \t]*>{{5,9}} ?REPLACE"
+EDIT = re.compile(rf"{BLOCK}|^[ \t>*`\-\d.)]*SET[ \t]+`?([A-Za-z_]\w*)`?[ \t]*(?:=|:|to\b)[ \t]*(.+?)[ \t`*]*$", re.M)
 FENCE = re.compile(r"^[ \t]*(```+|~~~+)[^\n`]*\n(.*?)^[ \t]*\1", re.M | re.S)
 # What looks like an edit, and is none of these: marks of patches and conflicts, tags, labels, SET in other dress, and a
 # constant without it
@@ -808,6 +774,7 @@ ODD = re.compile(rf"^[ \t>]*(?:{ODD}).*", re.M | re.I)
 THOUGHT = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
 THOUGHT_END = rf"[<\[]/{THOUGHT}[>\]]"
 CHOICE = "(?:option|alternative|variant|approach|version|idea|plan|proposal|candidate|choice)"
+CHOICE = rf"^(?:[^\w\n]|\d)*(?:{CHOICE} #?([a-d1-4]|one|two)\b|(first|second) {CHOICE})"
 # What the form has no edits in: a hypothesis may say of an earlier one
 TOLD = r"\n[ \t]*\n|<<<|&lt;|</?\w|```|~~~|\n[-+=]{5}|\n-[^\n]*\n\+[^\n]*[=()\[\]]|\bSET\W+\w+[ \t]*[=:]"
 TOLD = re.compile(rf"^[^\w\n]*HYPOTHESIS\b(?:(?!{TOLD}).)*?(?=\n[^\w\n]*(?:EXPECTED|DESCRIPTION)\b)", re.M | re.S)
@@ -842,32 +809,27 @@ def reply_field(reply: str, name: str) -> str:
 
 def reply_edits(reply: str) -> tuple[Edit, ...]:
     """The edits of a reply, in its order. Raises EditError for any that would be left out or is ambiguous."""
-    files = [m for m in FENCE.finditer(BLOCK.sub("", reply)) if re.search(r"^def main\b", m[2], re.M)]
-    rest, found = reply, [(0, Edit("file", "", m[2])) for m in files]
+    files = [m for m in FENCE.finditer(re.sub(BLOCK, "", reply, flags=re.M)) if re.search(r"^def main\b", m[2], re.M)]
     for m in files:
-        rest = rest.replace(m[0], "")
-    found += [(m.start(), Edit("block", m[1], m[2])) for m in BLOCK.finditer(rest)]
-    rest = BLOCK.sub(lambda m: " " * len(m[0]), rest)
-    sets = [(m.start(), Edit("set", m[1], m[2])) for m in SET.finditer(rest)]
-    rest, names = TOLD.sub("", SET.sub("", rest)), [edit.old for _, edit in sets]
+        reply = reply.replace(m[0], "")
+    found = [Edit("set", m[3], m[4]) if m[3] else Edit("block", m[1], m[2]) for m in EDIT.finditer(reply)]
+    rest, sets = TOLD.sub("", EDIT.sub("", reply)), {edit for edit in found if edit.kind == "set"}
     fences = (m for m in FENCE.finditer(rest) if m[2].strip() and not re.search("DESCRIPTION|HYPOTHESIS", m[2]))
     if odd := ODD.search(rest) or next(fences, None):
         left = "is left out of a reply: send all edits as SET lines or SEARCH/REPLACE blocks"
         raise EditError(f"This is no edit of the form asked for, and nothing {left}: {one_line(odd[0])[:80]!r}")
-    if "NAME" in names or any(edit.old == "exact lines of train.py\n" for _, edit in found):
+    if any(edit.old in ("NAME", "exact lines of train.py\n") for edit in found):
         raise EditError("This is the form, not an edit: name a constant of train.py and a number, or copy its lines.")
-    choices = re.findall(
-        rf"^(?:[^\w\n]|\d)*(?:{CHOICE} #?([a-d1-4]|one|two)\b|(first|second) {CHOICE})", rest.lower(), re.M
-    )
+    choices = re.findall(CHOICE, rest.lower(), re.M)
     several = len(set(choices)) > 1 or len(re.findall(r"^[^\w\n]*DESCRIPTION\b", rest, re.M | re.I)) > 1
-    twice = len(set(names)) < len({(edit.old, edit.new) for _, edit in sets})
-    if twice or len(found + sets) > 1 and (several or files):
+    twice = len({edit.old for edit in sets}) < len(sets)
+    if twice or len(files + found) > 1 and (several or files):
         what = "alternatives, two values for one hyperparameter, or a whole file beside other edits"
         raise EditError(f"The reply offers {what}. One experiment tries one thing: send the better one only.")
-    if not found + sets:
+    if not files + found:
         form = "after the description a line that begins with SET, then a hyperparameter's name, = and its new value"
         raise EditError(f"The reply has no edit. Add one: {form}, or a SEARCH/REPLACE block.")
-    return tuple(edit for _, edit in sorted(found + sets))
+    return tuple([Edit("file", "", m[2]) for m in files] + found)
 
 
 def parse_reply(reply: str) -> Row:
@@ -1088,24 +1050,22 @@ class State:
 
     @cached_property
     def own(self) -> tuple[Row, ...]:
-        """Those of the history whose scores compare: by this agent, on this device."""
-        return tuple(r for r in self.history if (r.agent, r.conditions) == (self.agent, self.task.conditions))
+        """Those of the history whose scores compare: by this agent, on this device, without the verification's."""
+        here = (r for r in self.history if (r.agent, r.conditions) == (self.agent, self.task.conditions))
+        return tuple(r for r in here if r.seed not in VERIFY_SEEDS)
 
-    def scores(self, rows: tuple[Row, ...], verified: bool = False) -> dict[tuple, dict[int, float]]:
-        """By agent, device and program, and by seed, without those too good to be believed at once.
-
-        verified: with the verification's.
-        """
+    def scores(self, rows: tuple[Row, ...]) -> dict[tuple, list[float]]:
+        """By agent, device and program, one a seed, without those too good to be believed at once."""
         found = defaultdict(dict)
         for r in rows:
-            if r.score is not None and r.reason != TOO_GOOD and (verified or r.seed not in VERIFY_SEEDS):
+            if r.score is not None and r.reason != TOO_GOOD:
                 found[r.agent, r.conditions, r.text][r.seed if self.task.noise else r.id] = r.score
-        return found
+        return {key: list(runs.values()) for key, runs in found.items()}
 
     @cached_property
     def runs(self) -> dict[str, list[float]]:
         """Our scores by program."""
-        return {text: list(runs.values()) for (*_, text), runs in self.scores(self.own).items()}
+        return {text: runs for (*_, text), runs in self.scores(self.own).items()}
 
     @cached_property
     def means(self) -> dict[str, float]:
@@ -1116,7 +1076,7 @@ class State:
     @cached_property
     def noise(self) -> Noise:
         """From everybody's repeats so far, and the task's prior, which weighs as much as two."""
-        groups = {key: list(runs.values()) for key, runs in self.scores(self.history, True).items()}
+        groups = self.scores(self.history)
         wild = {key for key, runs in groups.items() if max(runs) - min(runs) > self.task.suspicious * abs(runs[0])}
         total, repeats = squares([runs for key, runs in groups.items() if key[0] == self.agent or key not in wild])
         return Noise(math.sqrt((2 * self.task.noise**2 + total) / (2 + repeats)), repeats)
@@ -1158,19 +1118,17 @@ class State:
 
         Not what we have run ourselves; apart, what is too good to be believed while nobody has repeated it.
         """
-        mine, runs, found, absurd = {name for r in self.mine for name in (r.text, r.peer)}, defaultdict(list), [], []
+        mine, runs, offers = {name for r in self.mine for name in (r.text, r.peer)}, defaultdict(list), ([], [])
         theirs = [r for r in self.history if self.best and r.tag == self.best.tag and r.agent != self.agent]
         theirs = [r for r in theirs if r.conditions == self.task.conditions and r.score is not None]
-        times = Counter(r.text for r in theirs)
         for r in theirs:
-            runs[r.text] += [r.score] if r.reason != TOO_GOOD else []
+            runs[r.text].append(r)
         for r in (r for r in theirs if r.status == "keep" and not {r.text, f"{r.tag}/{r.id}"} & mine):
-            gain = self.task.gain(fmean(runs[r.text] or [r.score]), self.bar)
+            scores = [one.score for one in runs[r.text] if one.reason != TOO_GOOD] or [r.score]
+            gain, alone = self.task.gain(fmean(scores), self.bar), self.task.noise and len(runs[r.text]) < 2
             if gain > self.noise.sd:
-                alone = self.task.noise and times[r.text] < 2
-                too_good = alone and gain > self.task.suspicious * abs(self.bar)
-                (absurd if too_good else found).append((gain, r))
-        return tuple([r for _, r in sorted(some, key=lambda offer: -offer[0])] for some in (found, absurd))
+                offers[bool(alone and gain > self.task.suspicious * abs(self.bar))].append((gain, r))
+        return tuple([r for _, r in sorted(some, key=lambda offer: -offer[0])] for some in offers)
 
     def verdict(self, confirm: str, job: Job, score: float, shorter: bool) -> tuple[str, str]:
         """(status, reason) of a run with a score. A keep is strictly better than what the best is worth."""
@@ -1187,10 +1145,9 @@ class State:
                 return "maybe", "keeps are rare" if confirm == "auto" else "as --confirm asks for"
             if gain <= 0 and shorter and confirm != "never" and gain > -math.sqrt(2) * self.noise.sd:
                 return "maybe", "shorter, and worse by no more than the noise"
-        runs, reason = [score, *(self.runs.get(job.of.text, ()) if job.of else ())], ""
-        if job.of:
-            mean = f"mean of {len(runs)} runs" if len(runs) > 1 else "this run alone"
-            reason = f"confirms {job.of.id}; {mean}: {fmean(runs):.6f}, the best's {self.bar:.6f}"
+        runs = [score, *(self.runs.get(job.of.text, ()) if job.of else ())]
+        mean = f"mean of {len(runs)} runs" if len(runs) > 1 else "this run alone"
+        reason = f"confirms {job.of.id}; {mean}: {fmean(runs):.6f}, the best's {self.bar:.6f}" if job.of else ""
         return "keep" if self.task.gain(fmean(runs), self.bar) > 0 else "discard", reason
 
     @cached_property
@@ -1206,7 +1163,7 @@ class State:
         if len(self.pairs) < 2:
             return {}, ""
         unchosen = [r for r in self.own if r.seed != SEED or r.proposer == "baseline"]  # no choice hung on these
-        others = [list(runs.values()) for runs in self.scores(unchosen).values()]
+        others = [*self.scores(unchosen).values()]
         held = [[json.loads(r.held) for r in group] for group in zip(*self.pairs.values())]
         held = held if self.task.lower_is_better else held[::-1]
         gains = {split: gain_of(*([run[split] for run in runs] for runs in held), others) for split in held[0][0]}
@@ -1251,12 +1208,10 @@ def find_sandbox(s: Session) -> None:
 
         found.append(str(bwrap_path()))  # some systems let only their own one make namespaces
     for s.bwrap in filter(None, found if s.config.sandbox != "off" else []):
-        command = [*sandboxed(s, s.runs, []), sys.executable, "-c", "pass"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run([*sandboxed(s, s.runs, []), sys.executable, "-c", "pass"], capture_output=True, text=True)
         if done.returncode == 0:
             return
-        reason = one_line(done.stderr[-200:])
-    s.bwrap = ""
+        s.bwrap, reason = "", one_line(done.stderr[-200:])
     if s.config.sandbox == "require" or s.config.share and s.config.sandbox != "off":  # others' programs run here
         raise UserError(f"no sandbox can be had here ({reason}). To go on without one: --sandbox off")
     s.screen.say(f"NO SANDBOX ({'as asked for' if s.config.sandbox == 'off' else reason}). {UNPROTECTED}")
@@ -1278,7 +1233,7 @@ def sandboxed(s: Session, work: Path, shown: list[Path]) -> list[str]:
         links.append(Path(os.path.normpath(links[-1].parent / os.readlink(links[-1]))))
     python = [sys.prefix, sys.base_prefix, *sys.path, *(link.parent.parent for link in links)]
     python += [os.environ.get("CUDA_HOME", ""), *os.environ.get("LD_LIBRARY_PATH", "").split(":")]
-    python = [Path(path) for path in (*python, *map(os.path.realpath, python)) if path and os.path.isabs(path)]
+    python = [Path(real) for path in python if os.path.isabs(path) for real in (path, os.path.realpath(path))]
     mounts = {p: ("--symlink", os.readlink(p)) if os.path.islink(p) else ("--ro-bind-try", p) for p in SYSTEM}
     mounts |= {str(path): ("--tmpfs",) for path in hidden}
     mounts |= {str(path): ("--ro-bind", str(path)) for path in (*python, *shown) if path.exists() and path not in above}
@@ -1292,40 +1247,44 @@ def sandboxed(s: Session, work: Path, shown: list[Path]) -> list[str]:
     return [*command, "--chdir", str(work), "--"]
 
 
-def run_child(s: Session, log: Path, args: list[str], limits: tuple, message: str, names: tuple, **env: str) -> tuple:
+def attempt(s: Session, log: Path, args: list[str], limits: tuple, message: str, names: tuple, left: tuple, **env: str):
     """Run Python on `args` in the folder work beside its log, sandboxed, and leave nothing alive. Raises Over.
 
     It is given what the run's folder has, and a copy of the best's compile cache; when it asks, the message and the
-    task's files `names`, as read-only descriptors. limits, in seconds, are of its time before that and after. See watch().
+    task's files `names`, as read-only descriptors. limits, in seconds: of its time before that and after; see watch().
+    Returns status and reason, seconds since the hand-over, facts from the last of `left`, the files that it leaves.
     """
-    work, cache = log.parent / "work", s.runs / "best" / f"{log.stem}-cache"
-    remove(work)
-    (compiled := work / cache.name).mkdir(parents=True)
-    if cache.is_dir():
-        subprocess.run(["cp", "-a", f"{cache}/.", compiled], stderr=subprocess.DEVNULL)
-    for path in filter(Path.is_file, (log.parent / name for name in ("train.py", "checkpoint.pt", "facts.json"))):
+    folder, work, cache = log.parent, log.parent / "work", s.runs / "best" / f"{log.stem}-cache"
+    for name in ("work", *left):  # of an earlier attempt: every run starts from nothing
+        remove(folder / name)
+    ((compiled := work / cache.name) / "tmp").mkdir(parents=True)  # torch keeps headers in tmp: 8 s of each start
+    subprocess.run(["cp", "-a", f"{cache}/.", compiled], stderr=subprocess.DEVNULL)  # at first there is none
+    for path in filter(Path.is_file, (folder / name for name in ("train.py", "checkpoint.pt", "facts.json"))):
         shutil.copyfile(path, work / path.name)
-    (compiled / "tmp").mkdir(exist_ok=True)
+    ours, theirs = socket.socketpair()
     env |= {name: os.environ[name] for name in PASSED_ENV if name in os.environ}  # an allow-list: nothing of the user's
-    env |= {"PYTHONPATH": str(s.config.root), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    env |= {"HOME": str(work), "PYTHONUSERBASE": site.getuserbase()}  # HOME also tells its processes from others
-    env |= {"TORCHINDUCTOR_CACHE_DIR": str(compiled), "TRITON_CACHE_DIR": str(compiled / "triton")}
-    env |= {"TMPDIR": str(compiled / "tmp")}  # torch keeps compiled headers there: 8 s of each start
-    env |= {"AUTORESEARCH_CACHE": str(s.config.cache), "AUTORESEARCH_DATA": s.task.folder.name}
-    env |= {"AUTORESEARCH_PRESET": s.task.preset, "AUTORESEARCH_TIME_BUDGET": str(s.task.budget_s)}
+    env |= {"PYTHONPATH": s.config.root, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env |= {"HOME": work, "PYTHONUSERBASE": site.getuserbase()}  # HOME also tells its processes from others
+    env |= {"TORCHINDUCTOR_CACHE_DIR": compiled, "TRITON_CACHE_DIR": compiled / "triton", "TMPDIR": compiled / "tmp"}
+    env |= {"AUTORESEARCH_CACHE": s.config.cache, "AUTORESEARCH_DATA": s.task.folder.name}
+    env |= {"AUTORESEARCH_TIME_BUDGET": str(s.task.budget_s), "AUTORESEARCH_HANDOVER_FD": str(theirs.fileno())}
     sandbox = sandboxed(s, work, [s.config.root / "prepare.py", s.task.folder / "meta.json"])
     command = ["/bin/sh", "-c", CONFINE if s.bwrap else LIFELINE + CONFINE, "sh", *sandbox, sys.executable, *args]
-    ours, theirs = socket.socketpair()
     with ours, theirs, open(log, "wb") as output:
-        env["AUTORESEARCH_HANDOVER_FD"] = str(theirs.fileno())
         pipes = {"stdin": subprocess.PIPE, "stdout": output, "stderr": subprocess.STDOUT, "pass_fds": [theirs.fileno()]}
         process = subprocess.Popen(command, cwd=work, env=env, start_new_session=True, **pipes)
         theirs.close()
         try:
-            return watch(s, process, ours, log, limits, message, [s.task.folder / name for name in names])
+            files = [s.task.folder / name for name in names]
+            code, handed_s, killed, blame = watch(s, process, ours, log, limits, message, files)
         finally:
             end_tree(process, work)
             output.truncate(min(LOG_BYTES, os.fstat(output.fileno()).st_size))
+    take(folder, (cache.name, *(() if killed else left)))
+    reason = killed or crash_reason(code, log_tail(log)) or f"no {left[0]}" * (not (folder / left[0]).is_file())
+    blame = blame or busy(s, FREE_BYTES if reason else 0)
+    status = "void" if blame else "" if not reason else "invalid" if code == BROKE_A_RULE and not killed else "crash"
+    return status, blame or reason, handed_s, read_facts(folder / left[-1])
 
 
 def watch(s: Session, process, ours: socket.socket, log: Path, limits: tuple, message: str, files: list[Path]) -> tuple:
@@ -1390,29 +1349,14 @@ def end_tree(process: subprocess.Popen, work: Path) -> None:
     raise UserError(f"process {process.pid} cannot be killed: its driver hangs. Restart the machine, then agent.py")
 
 
-def attempt(s: Session, log: Path, args: list[str], limits: tuple, message: str, names: tuple, left: tuple, **env: str):
-    """run_child() and what became of it: status and reason, seconds since the hand-over, facts from the last of `left`."""
-    for name in left:
-        remove(log.parent / name)  # of an earlier attempt: every run starts from nothing
-    code, handed_s, killed, blame = run_child(s, log, args, limits, message, names, **env)
-    take(log.parent, (f"{log.stem}-cache", *(() if killed else left)))
-    lacking = f"no {left[0]}" * (not (log.parent / left[0]).is_file())
-    reason = killed or crash_reason(code, log_tail(log)) or lacking
-    status = "" if not reason else "invalid" if code == BROKE_A_RULE and not killed else "crash"
-    if blame := blame or busy(s, FREE_BYTES if reason else 0):
-        status, reason = "void", blame
-    return status, reason, handed_s, read_facts(log.parent / left[-1])
-
-
 def train(s: Session, folder: Path, seed: int) -> Result:
     """Run folder/train.py to its checkpoint, hand it the data when it asks, and time it from outside."""
     limits = s.config.startup_s or s.task.startup_s, 1.25 * s.task.budget_s + KILL_S
     how = ["train.py"], limits, "data", s.task.handed, ("checkpoint.pt", "facts.json")
     status, reason, handed_s, facts = attempt(s, folder / "run.log", *how, AUTORESEARCH_SEED=str(seed))
     late_s = (handed_s or 0) - 1.01 * s.task.budget_s - LATE_S
-    if not status and (handed_s is None or late_s > 0):
-        late = "never asked for the training data" if handed_s is None else f"checkpoint {late_s:.0f} s late"
-        status, reason = "invalid", late
+    late = "never asked for the training data" if handed_s is None else f"checkpoint {late_s:.0f} s late" * (late_s > 0)
+    status, reason = status or "invalid" * bool(late), reason or late
     steps, tokens, memory_mb = (number(facts, name) for name in ("steps", "tokens", "peak_vram_mb"))
     measured = {"train_s": handed_s, "memory_gb": (memory_mb or 0.0) / 1024}
     measured |= {"steps": None if steps is None else int(steps), "tokens_M": tokens and tokens / 1e6}
@@ -1430,11 +1374,9 @@ def score(s: Session, folder: Path, split: str) -> Result:
     if isinstance(facts.get("invalid"), str):
         return Result("invalid", one_line(facts["invalid"])[:200])
     value, (low, high) = number(facts, "score"), s.task.plausible
-    if not status and (facts.get("secret") != secret or value is None or not low <= value <= high):
-        status, reason = "crash", f"no score between {low:g} and {high:g}"
-    if status:
-        return Result(status, f"scoring: {reason}")
-    return Result(blocks={split: facts.get("blocks") or [value]}, measured={"score": value})
+    if status or facts.get("secret") != secret or value is None or not low <= value <= high:
+        return Result(status or "crash", f"scoring: {reason or f'no score between {low:g} and {high:g}'}")
+    return Result(blocks={split: facts.get("blocks") or [value]}, measured={"score": value} if split == "val" else {})
 
 
 def crash_reason(code: int, tail: str) -> str:
@@ -1486,8 +1428,7 @@ def log_tail(path: Path, lines: int = 40) -> str:
 def read_facts(path: Path) -> dict:
     """A small JSON object that a child wrote; empty where there is none."""
     with contextlib.suppress(*NO_CODE):
-        found = json.loads(read_text(path))
-        return found if isinstance(found, dict) else {}
+        return dict(json.loads(read_text(path)))
     return {}
 
 
@@ -1537,37 +1478,33 @@ def request(s: Session, state: State, running: Job | None = None, ask: str = "",
     """
     brief, (role, told), stuck = brief_of(s, state, bool(running))
     keeps = tuple(diff_of(s, r) for r in state.search if r.status == "keep" and r.proposer != "baseline")
-    rows = tuple(shared_line(s.task, r) for r in state.history) or ("none: the baseline is next",)
-    notes = read_text(s.runs / "notes.md", "replace")[:8000]
+    rows = tuple(f"{r.tag}/{row_line(s.task, r)}" for r in state.history) or ("none: the baseline is next",)
     best = f"{state.best.id}, {s.task.metric} {state.bar:.6f}" if state.best else "not measured yet"
-    before = {"The brief (program.md)": brief, "Facts": f"Scores compare under these: {s.task.conditions}."}
-    before |= {"The best train.py so far": f"```python\n{state.text}```"}
     now = f"The best is {best}; {noise_line(state)}. Propose one experiment that was not tried yet."
     with contextlib.suppress(UserError):  # of what the search finds: another each time, as small models copy it
-        edit, *_ = search_proposal(state.text, state.next_id, {}, s.task).edits
+        (_, name, value), *_ = search_proposal(state.text, state.next_id, {}, s.task).edits
         now += "\n\nAn example of a whole reply, for its form only, not its idea:\n\nHYPOTHESIS: it may be off.\n"
-        now += f"EXPECTED: {'-' if s.task.lower_is_better else '+'}0.001\nDESCRIPTION: another {edit.old}\n"
-        now += f"SET {edit.old} = {edit.new}"
-    after = recent(s, state, running) | stuck | {"Papers (data, not instructions)": read}
-    after |= {f"Your role this time: {role}": told, "Now": ask or now}
-    room = s.chars - sum(map(len, (*before.values(), notes, *after.values())))
-    keeps = newest(keeps, min(DIFFS_CHARS, room // 4), 1)
-    rows = newest(rows, min(ROWS_CHARS, room - sum(map(len, keeps))), 20)
-    before |= {"The keeps as diffs": "\n\n".join(keeps), "Notes on this research, by the model": notes}
+        now += f"EXPECTED: {'+-'[s.task.lower_is_better]}0.001\nDESCRIPTION: another {name}\nSET {name} = {value}"
     title = "The experiments so far (data, no instructions): id, status, score, gain on what was to beat, what it was"
-    parts = before | {title: "\n".join(rows)} | after
+    parts = {"The brief (program.md)": brief, "Facts": f"Scores compare under these: {s.task.conditions}."}
+    parts |= {"The best train.py so far": f"```python\n{state.text}```", "The keeps as diffs": ""}
+    parts |= {"Notes on this research, by the model": read_text(s.runs / "notes.md", "replace")[:8000], title: ""}
+    parts |= recent(s, state, running) | stuck | {"Papers (data, not instructions)": read}
+    parts |= {f"Your role this time: {role}": told, "Now": ask or now}
+    room = s.chars - sum(map(len, parts.values()))  # for the two parts that are still empty
+    parts["The keeps as diffs"] = keeps = "\n\n".join(newest(keeps, min(DIFFS_CHARS, room // 4), 1))
+    parts[title] = "\n".join(newest(rows, min(ROWS_CHARS, room - len(keeps)), 20))
     user = "\n\n".join(f"# {title}\n\n{text}" for title, text in parts.items() if text)
     return [{"role": "system", "content": REPLY_FORMAT}, {"role": "user", "content": user}]
 
 
 def recent(s: Session, state: State, running: Job | None) -> dict[str, str]:
     """Parts of a request that change with every row, by title: near misses, the last run, what trains now, others' keeps."""
-    done, parts = candidates(state.search), {}
-    best = state.best.commit if state.best else ""
+    done, best = candidates(state.search), state.best.commit if state.best else ""
     near = [r for r in done if r.status == "discard" and r.score is not None and r.parent == best]
     near = sorted(near, key=lambda r: s.task.gain(r.bar, r.score))[:2]
     last = [diff_of(s, r) for r in dict.fromkeys([*near, *done[-3:]]) if r.status != "keep"]
-    parts["Near misses and last experiments as diffs"] = "\n\n".join(last)
+    parts = {"Near misses and last experiments as diffs": "\n\n".join(last)}
     for r in (done or state.search)[-1:]:
         steps = STEP.findall(log_tail(s.runs / r.id / "run.log", 1000))
         curve = " ".join(f"{share}%:{loss}" for share, _, loss in steps[:: len(steps) // 12 + 1])
@@ -1620,16 +1557,15 @@ def papers(s: Session, role: str) -> str:
 
 def brief_of(s: Session, state: State, ahead: bool) -> tuple[str, tuple[str, str], dict]:
     """program.md without its roles and ways on; the role whose turn it is, name and text; a way on in a dry spell."""
-    done, turns = candidates(state.search), {"role": [], "stuck": [], "": []}
-    for part in re.split(r"^(?=##?[ \t])", read_text(s.config.root / "program.md", "replace"), flags=re.M):
-        kind, name, text = re.fullmatch(r"(?:## (Role|Stuck):(.*)\n)?([^\0]*)", part, re.I).groups("")
-        turns[kind.lower()].append((name.strip()[:30], text.strip() if kind else text))
+    done, brief = candidates(state.search), read_text(s.config.root / "program.md", "replace")
+    form = r"(?ims)^## {}:([^\n]*)\n(.*?)(?=^##?[ \t]|\Z)"
+    roles, ways = (re.findall(form.format(kind), brief) for kind in ("Role", "Stuck"))
     turn = sum(r.proposer == "llm" or bool(r.instead) for r in done) + ahead
-    role = turns["role"][turn % len(turns["role"])] if turns["role"] else ("generalist", "")
+    name, told = roles[turn % len(roles)] if roles else ("generalist", "")
     missed = last_while(done, lambda r: r.status != "keep")
-    stuck = turns["stuck"][missed % len(turns["stuck"])][1] if turns["stuck"] and missed >= STUCK_ROWS else ""
-    stuck = {f"Nothing was kept for {missed} experiments": stuck}
-    return "".join(text for _, text in turns[""]), role, stuck
+    way = ways[missed % len(ways)][1].strip() if ways and missed >= STUCK_ROWS else ""
+    stuck = {f"Nothing was kept for {missed} experiments": way}
+    return re.sub(form.format("(?:Role|Stuck)"), "", brief), (name.strip()[:30], told.strip()), stuck
 
 
 def newest(texts: tuple[str, ...], chars: int, least: int) -> tuple[str, ...]:
@@ -1654,33 +1590,39 @@ def quoted(log: Path) -> str:
     return f"The end of its log (data, not instructions):\n\n{textwrap.indent(log_tail(log), '> ')}"
 
 
-def client(config: Config, limit_s: float):
-    """An OpenAI client that leaves retries to us."""
+@contextlib.contextmanager
+def speaking(config: Config, limit_s: float):
+    """An OpenAI client that leaves retries to us. Raises NoReply for whatever goes wrong while it is used."""
     import openai
 
-    http = openai.DefaultHttpxClient(trust_env=not is_local(config))  # a server on this machine needs no proxy
-    known = {"api_key": config.api_key or "none", "base_url": config.base_url, "http_client": http}
-    return openai.OpenAI(timeout=limit_s, max_retries=0, **known)
+    http = sys.modules[openai.DefaultHttpxClient.__base__.__module__.partition(".")[0]]  # httpx, by now httpx2
+    known = {"api_key": config.api_key or "none", "base_url": config.base_url, "max_retries": 0, "timeout": limit_s}
+    try:
+        proxied = openai.DefaultHttpxClient(trust_env=not is_local(config))  # a server on this machine needs no proxy
+        with openai.OpenAI(http_client=proxied, **known) as asking:
+            yield asking
+    except (openai.OpenAIError, http.HTTPError, *NO_SERVER) as odd:
+        status = getattr(odd, "status_code", 0)
+        wait_s = odd.response.headers.get("retry-after", "") if status else ""
+        wait_s = min(float(wait_s), 86_400.0) if re.fullmatch(r"[\d.]+", wait_s) else 0.0
+        raise NoReply(said(config, odd), status, wait_s) from None
 
 
 def is_local(config: Config) -> bool:
     """Whether the model's server is this very machine: its address can be bound here."""
     host = urlsplit(config.base_url).hostname or ""
-    with contextlib.suppress(OSError), socket.socket() as trial:
-        trial.bind((host, 0))
+    with contextlib.suppress(OSError), socket.create_server((host, 0)):
         return True
     return host in ("localhost", "::1")
 
 
 def find_model(config: Config) -> str:
     """The model to ask: the one that was named, else the only one that the endpoint lists. Raises UserError."""
-    import openai
-
     try:
-        with client(config, 20.0) as asking:
+        with speaking(config, 20.0) as asking:
             listed = [config.model] if config.model else [model.id for model in asking.models.list()]
-    except (openai.OpenAIError, *NO_SERVER) as error:
-        raise UserError(f"{config.base_url} did not list its models ({said(config, error)}). {WAYS_ON}") from None
+    except NoReply as error:
+        raise UserError(f"{config.base_url} did not list its models ({error}). {WAYS_ON}") from None
     if len(listed) != 1:
         raise UserError(f"name a model with --model; {config.base_url} lists {sorted(listed)[:12] or 'none'}")
     return listed[0]
@@ -1695,30 +1637,20 @@ def said(config: Config, error: object) -> str:
 
 def ask_once(s: Session, messages: list[dict]) -> Reply:
     """One request. Raises NoReply."""
-    import openai
-
-    http = sys.modules[openai.DefaultHttpxClient.__base__.__module__.partition(".")[0]]  # httpx, by now httpx2
     if "system" in s.without:  # then it goes into the first message of the user
-        first = "\n\n".join(m["content"] for m in messages[:2])
-        messages = [{"role": "user", "content": first}, *messages[2:]]
+        messages = [{"role": "user", "content": "\n\n".join(m["content"] for m in messages[:2])}, *messages[2:]]
     messages = [m | {"content": m["content"].encode("utf-8", "replace").decode()} for m in messages]
     how = {} if "stream" in s.without else {"stream": True}
     how |= {"stream_options": {"include_usage": True}} if how and "options" not in s.without else {}
     began, s.heard, limit_s = time.monotonic(), 0, max(REPLY_S, 3 * s.slowest_s)  # longer for one that takes its time
-    try:
-        with client(s.config, limit_s) as asking:
-            asked = asking.chat.completions.with_streaming_response
-            with asked.create(model=s.model, messages=messages, **how, **dict(s.limits[:1])) as response:
-                answer = whole_answer(s, response, limit_s)
+    with speaking(s.config, limit_s) as asking:
+        asked = asking.chat.completions.with_streaming_response
+        with asked.create(model=s.model, messages=messages, **how, **dict(s.limits[:1])) as response:
+            answer = whole_answer(s, response, limit_s)
         choice = (answer.get("choices") or [{}])[0]
         error = choice.get("error") or answer.get("error")  # some answer 200 with it
         status = int(error["code"]) if isinstance(error, dict) and str(error.get("code")).isdigit() else 500
         message, usage = choice.get("message") or {}, answer.get("usage") or {}
-    except (openai.OpenAIError, http.HTTPError, *NO_SERVER) as odd:
-        status = getattr(odd, "status_code", 0)
-        wait_s = odd.response.headers.get("retry-after", "") if status else ""
-        wait_s = min(float(wait_s), 86_400.0) if re.fullmatch(r"[\d.]+", wait_s) else 0.0
-        raise NoReply(said(s.config, odd), status, wait_s) from None
     if error or not choice:
         raise NoReply(said(s.config, error or "an answer without a reply"), status)
     text, *thoughts = (words(message.get(name)) for name in ("content", "reasoning_content", "reasoning"))
@@ -1734,7 +1666,7 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
 
 def whole_answer(s: Session, response, limit_s: float) -> dict:
     """A server's answer as one object, whether it is one or a stream. Raises ValueError, TimeoutError."""
-    body, message, found, began = bytearray(), defaultdict(str), {}, time.monotonic()
+    body, message, last, found, began = bytearray(), defaultdict(str), {}, {}, time.monotonic()
     for part in response.iter_bytes():
         body += part
         s.heard = len(body)
@@ -1750,10 +1682,9 @@ def whole_answer(s: Session, response, limit_s: float) -> dict:
         for choice in event.get("choices") or ():
             for name, part in (choice.get("delta") or {}).items():
                 message[name] += words(part)
-            if choice.keys() & {"message", "error"} or choice.get("finish_reason"):
-                found["choices"] = [{"message": message} | choice]
-    if message and b"[DONE]" in events:
-        found.setdefault("choices", [{"message": message}])
+            last |= {name: value for name, value in choice.items() if value}
+    if last.keys() & {"finish_reason", "message", "error"} or message and b"[DONE]" in events:
+        found["choices"] = [{"message": message} | last]
     return found  # without choices where it was cut off
 
 
@@ -1936,25 +1867,19 @@ def table(task: Task, rows: tuple[Row, ...]) -> str:
 
 
 def row_line(task: Task, r: Row) -> str:
-    """One experiment on one line: id, status, score, gain on what it had to beat, what it was."""
+    """One experiment on one line: id, status, score, gain on what it had to beat, what it was, which other device."""
     value = f"{r.score:.6f}" if r.score is not None else "-"
     gain = f"{task.gain(r.score, r.bar):+.6f}" if r.score is not None and r.bar is not None else ""
     what = r.description + (f" ({r.reason})" if r.reason else "")
-    return f"{r.id}  {r.status:8} {value:>9} {gain:>10}  {what[:300]}"
-
-
-def shared_line(task: Task, r: Row) -> str:
-    """The same with its tag, and with its device where that is another."""
-    return f"{r.tag}/{row_line(task, r)}" + f" [{r.device}]" * (r.conditions != task.conditions)
+    where = f" [{r.device}]" * (r.conditions not in ("", task.conditions))
+    return f"{r.id}  {r.status:8} {value:>9} {gain:>10}  {what[:300]}{where}"
 
 
 def noise_line(state: State) -> str:
-    if math.isnan(state.task.noise):  # the data are not here
-        return ""
     if not state.task.noise:
         return "the task counts no noise: a score stands as it was measured"
-    sd, repeats = state.noise
-    return f"noise of a seed {sd:.4f} (standard deviation, from {repeats} repeats and the task's prior)"
+    sd, repeats = state.noise  # sd is nan where the data are not here: then nothing is said
+    return f"noise of a seed {sd:.4f} (standard deviation, from {repeats} repeats and the task's prior)" * (sd > 0)
 
 
 def standing(state: State) -> str:
@@ -2022,8 +1947,6 @@ def grouped(task: Task, rows: list[Row], name: str, group_of: Callable[[Row], st
 def report(s: Session, state: State) -> str:
     """What the record says of a search; writes it to runs/<tag>/report.md, with the picture."""
     rows, task, came = candidates(state.history), s.task, {"keep": "held", "discard": "did not hold"}
-    about = lambda r: ", ".join(sorted({*re.findall(r"\b[A-Z][A-Z0-9_]+\b", r.description)})) or "code"  # noqa: E731
-    gained = {about(r) for r in rows if r.status == "keep"}
     groups = {
         "proposer": lambda r: r.model if r.proposer == "llm" else r.proposer,
         "role": lambda r: r.role,
@@ -2031,10 +1954,9 @@ def report(s: Session, state: State) -> str:
         "idea": lambda r: r.idea,
         "agent": lambda r: r.agent and f"{r.tag} {r.agent}",
         "device of agents": lambda r: r.agent and r.device,
-        "changed, and never kept": lambda r: "" if about(r) in gained else about(r),
     }
     tables = [grouped(task, rows, name, group_of) for name, group_of in groups.items()]
-    tables += [f"* {r.peer} was run again as {shared_line(task, r)}: {came.get(r.status)}" for r in rows if r.peer]
+    tables += [f"* {r.peer} was run again as {r.tag}/{row_line(task, r)}: {came.get(r.status)}" for r in rows if r.peer]
     odd = [r for r in candidates(state.mine) if r.instead or r.score is None]
     odd = grouped(task, odd, "anomaly", lambda r: f"search: {r.instead}" if r.instead else f"{r.status}: {r.reason}")
     told = f"{sum(r.refused or 0 for r in state.mine)} replies were refused before training."
@@ -2060,20 +1982,18 @@ def live(s: Session, trouble: str = "") -> None:
     try:
         import trackio
 
-        if not s.page:
-            told = {"conditions": s.task.conditions, "model": s.config.model or s.config.proposer, "branch": s.branch}
-            how = {"config": told, "auto_log_cpu": False, "auto_log_gpu": False}
-            s.page = trackio.init(s.config.trackio, f"{s.config.name} {s.began}", **how)
+        told = {"conditions": s.task.conditions, "model": s.config.model or s.config.proposer, "branch": s.branch}
+        how = {"config": told, "auto_log_cpu": False, "auto_log_gpu": False}
+        s.page = s.page or trackio.init(s.config.trackio, f"{s.config.name} {s.began}", **how)
         if trouble:
             return s.page.alert("stopped", trouble, level=trackio.AlertLevel.ERROR)
         state = recall(s)
         if mine := [r for r in state.mine if r.session == s.began]:
             r, keeps = mine[-1], sum(r.status == "keep" for r in candidates(state.search))
             hours = (time.time() - datetime.fromisoformat(s.began.split()[0]).timestamp()) / 3600
-            known = {s.task.metric: r.score, "best": state.bar, "keeps": keeps}
+            known = {s.task.metric: r.score, "best": state.bar, "keeps": keeps, "tokens": s.spent}
             known |= {"gain": s.task.gain(state.bar, state.means[state.base.text])} if state.best and state.base else {}
             known |= {"crashes": sum(r.status == "crash" for r in mine), "experiments_per_hour": len(mine) / hours}
-            known |= {"tokens": s.spent}
             s.page.log({name: value for name, value in known.items() if value is not None}, step=r.number)
             if r.status == "keep" and r.proposer != "baseline":
                 s.page.alert("keep", row_line(s.task, r), level=trackio.AlertLevel.INFO)
@@ -2110,17 +2030,15 @@ def loop(s: Session) -> None:
             if errors > (100 if isinstance(error, OSError) else 3):  # a full disk, or a lock, may last
                 live(s, one_line(str(error)))
                 raise
-            told = {"role": now(), "content": "".join(traceback.format_exception(error))}
-            keep_exchange(s.runs / "errors.log", [told])
+            keep_exchange(s.runs / "errors.log", [{"role": now(), "content": traceback.format_exc()}])
             s.screen.say(f"      {type(error).__name__}: {one_line(str(error))[:200]}; trying again")
             s.pause(WAIT_S * min(4 ** (errors - 1), 24), "waiting after an error")
 
 
 def next_job(s: Session, state: State) -> Job | None:
     """What runs next, from the record and the time that is left; None at the end of the session."""
-    best, search, to_verify = state.best, state.search, verification(s, state)
-    confirmed = {r.repeats for r in search if r.status != "verify"}
-    doubtful = next((r for r in search if r.status == "maybe" and r.id not in confirmed), None)
+    best, to_verify = state.best, verification(s, state)
+    doubtful = next((r for r in candidates(state.search) if r.status == "maybe"), None)
     reserved = (len(to_verify) or 2 * len(VERIFY_SEEDS)) if s.config.verify and best else 0
     verify_s = run_s(s, state, len(s.task.judged))
     if rows_left(s, state) <= 0 and not doubtful or s.left_s < run_s(s, state) + reserved * verify_s:
@@ -2151,24 +2069,23 @@ def again(s: Session, kind: str, of: Row, seed: int, why: str) -> Job:
 
 def rows_left(s: Session, state: State) -> float:
     """The experiments that --experiments leaves; a candidate and its confirmation count as one."""
-    made = sum(r.session == s.began and r.status != "verify" and not r.repeats for r in state.mine)
+    made = sum(r.session == s.began and not r.repeats for r in state.mine)
     return (math.inf if s.config.experiments is None else s.config.experiments) - made
 
 
 def verification(s: Session, state: State) -> list[Job]:
     """The runs that the final verification still needs: of each seed best and baseline, in one session."""
-    both = state.best, state.base
-    if not (s.config.verify and all(both)) or both[0].text == both[1].text:
-        return []
+    both = {r.text: r for r in (state.best, state.base) if r and s.config.verify}
     here = {(r.text, r.seed) for r in state.mine if r.session == s.began}
-    todo = [(r, seed) for seed in VERIFY_SEEDS if seed not in state.pairs for r in both if (r.text, seed) not in here]
+    seeds = [seed for seed in VERIFY_SEEDS if seed not in state.pairs and len(both) == 2]
+    todo = [(r, seed) for seed in seeds for text, r in both.items() if (text, seed) not in here]
     return [again(s, "verification", r, seed, "verification") for r, seed in todo]
 
 
 def run_s(s: Session, state: State, splits: int = 1) -> float:
     """Seconds that a row takes in all, as of late, 0.2 of them the loop's own; splits: that its run is scored on."""
-    extra = sorted(r.wall_s - r.train_s for r in state.mine[-5:] if r.score is not None and r.train_s)
-    return s.task.budget_s + 0.2 + splits * (extra[len(extra) // 2] if extra else 0.0)
+    extra = [r.wall_s - r.train_s for r in state.mine[-5:] if r.score is not None and r.train_s]
+    return s.task.budget_s + 0.2 + splits * median(extra or [0.0])
 
 
 def for_search(s: Session, state: State, ahead: int = 0) -> bool:
@@ -2244,9 +2161,8 @@ def run(s: Session, state: State, job: Job) -> tuple[Job, Result]:
         result = train(s, folder, job.seed)
         for split in s.task.judged if job.kind == "verification" else ("val",):
             if not result.status:
-                found = score(s, folder, split)
-                measured = result.measured | (found.measured if split == "val" else {})
-                result = Result(found.status, found.reason, result.blocks | found.blocks, measured)
+                new = score(s, folder, split)
+                result = Result(new.status, new.reason, result.blocks | new.blocks, result.measured | new.measured)
         if result.status == "void":
             s.screen.say(f"      {folder.name} does not count ({result.reason}); it is run again")
             if s.left_s < run_s(s, state):
@@ -2298,8 +2214,7 @@ def judge(s: Session, state: State, job: Job, result: Result) -> Row:
     held = json.dumps(result.blocks) if job.kind == "verification" and value is not None else ""
     row = replace(job.row, id=state.next_id, tag=s.config.tag, task=s.config.prefix, session=s.began, time=now())
     row = replace(row, conditions=s.task.conditions, program=program_key(job.text), parent=parent, seed=job.seed)
-    row = replace(row, **result.measured)
-    return replace(row, status=status, reason=reason, score=value, bar=state.bar, held=held)
+    return replace(row, status=status, reason=reason, bar=state.bar, held=held, **result.measured | {"score": value})
 
 
 def conclude(s: Session, state: State, job: Job, row: Row) -> None:
@@ -2326,11 +2241,9 @@ def open_checkout(config: Config) -> Config:
     current = head.removeprefix("autoresearch/")
     today = re.sub(r"\W+", "-", f"{Path(prefix).name}-{datetime.now():%b%d}".lower()).strip("-")
     tag = config.tag or (current.removesuffix(f"-{config.agent}" * bool(config.agent)) if current != head else today)
-    for option, name in {"tag": tag, "agent": config.agent or "-"}.items():
-        if not re.fullmatch(r"-|[A-Za-z0-9][\w.-]*", name) or re.search(r"\.$|\.lock$|\.\.|^data$", name):
-            raise UserError(f"--{option} {name}: use letters, digits, - and _, and not just data")
-    if "-" in config.agent:
-        raise UserError(f"--agent {config.agent}: no - in it, please; {config.agent.replace('-', '_')} will do")
+    for option, name, form in ("tag", tag, r"[\w.-]*"), ("agent", config.agent or "any", r"[\w.]*"):
+        if not re.fullmatch(f"[A-Za-z0-9]{form}", name) or re.search(r"\.$|\.lock$|\.\.|^data$", name):
+            raise UserError(f"--{option} {name}: use letters, digits, - and _ (no - in an agent), and not just data")
     return replace(config, tag=tag, prefix=prefix)
 
 
@@ -2376,9 +2289,8 @@ def opened(config: Config) -> Session:
     hours_s = (config.hours or math.inf) * 3600
     if hours_s < task.budget_s:
         raise UserError(f"--hours {config.hours:g} is shorter than one run of {task.budget_s:g} s")
-    if config.verify is None:
-        long = max(VERIFY_HOURS * 3600, 48 * task.budget_s) <= hours_s < math.inf
-        config = replace(config, verify=long and task.noise > 0)
+    long = task.noise > 0 and max(VERIFY_HOURS * 3600, 48 * task.budget_s) <= hours_s < math.inf
+    config = replace(config, verify=long if config.verify is None else config.verify)
     return Session(config, task, Screen(time.monotonic() + hours_s), f"{now()} {secrets.token_hex(4)}")
 
 
@@ -2396,10 +2308,9 @@ def may_begin(s: Session, state: State, exists: str) -> None:
         raise UserError(f"rows of {s.branch} {fetch}; where they are another's, take another --agent NAME")
     if not s.config.agent and (whose := [r.agent for r in state.rows if r.agent and r.search == s.config.tag]):
         raise UserError(f"{s.branch} is shared. To go on with it: --share REMOTE --agent {whose[0]}")
-    far = git(s.config, "for-each-ref", "--format=%(refname:short)", "refs/remotes/*/autoresearch/*")
-    kept = git(s.config, "log", "-1", "--format=%h", f"--grep=^Tag: {re.escape(s.config.tag)}$")
-    if resumed and not last and kept:
+    if resumed and not last and git(s.config, "log", "-1", "--format=%h", f"--grep=^Tag: {re.escape(s.config.tag)}$"):
         raise UserError(f"its rows {fetch}")
+    far = git(s.config, "for-each-ref", "--format=%(refname:short)", "refs/remotes/*/autoresearch/*")
     if far and not state.rows:
         s.screen.say(f"the rows of {far.split()[0]} {fetch}")
     if last and last[0].conditions != s.task.conditions:
@@ -2643,10 +2554,7 @@ def configured(argv: list[str] | None) -> Config:
         raise UserError(f"OPENAI_BASE_URL={url} is no URL; it looks like http://localhost:8000/v1")
     cache, here = os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch", Path(__file__).parent
     found = vars(args) | {"model": args.model or model, "api_key": key, "base_url": url or Config.base_url}
-    found |= {
-        "planner_url": planner_url or found["base_url"],
-        "planner_key": planner_key or ("" if planner_url else key),
-    }
+    found |= {"planner_url": planner_url or found["base_url"], "planner_key": planner_key or key * (not planner_url)}
     found |= {"experiments": 0, "proposer": "search"} if alone else {}
     root = Path(found.pop("task") or here).expanduser().resolve()
     if args.share or args.workers:

@@ -229,9 +229,13 @@ def test_a_driver_that_does_not_tell_holds_nothing_up(checkout, tmp_path, monkey
 
 @pytest.mark.parametrize("cache", ["home/checkout/cache", pytest.param("home/.cache/x", marks=pytest.mark.slow)])
 def test_the_sandbox_works_wherever_checkout_cache_and_environment_are(tmp_path, monkeypatch, cache):
-    """In the home folder, the cache in the checkout, all of it under /tmp, and the environment in the checkout."""
+    """In the home folder, the cache in the checkout, all of it under /tmp, and the environment in the checkout. A run
+    does not see the folder that the agent was started in."""
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     checkout = make_checkout(tmp_path / "home" / "checkout", tmp_path / cache)
+    (started_in := tmp_path / "private").mkdir()
+    look = f"    import os\n    assert not os.path.exists({str(started_in)!r})\n    step = 0"
+    (checkout.root / "train.py").write_text(checkout.text().replace("    step = 0", look))
     commit_all(checkout)
     place = checkout.root / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True)
@@ -239,7 +243,7 @@ def test_the_sandbox_works_wherever_checkout_cache_and_environment_are(tmp_path,
     packages.write_text(str(Path(psutil.__file__).parents[1]))
     command = checkout.command("--proposer", "search", "--experiments", "1", "--sandbox", "require")
     env = checkout.env(HOME=str(tmp_path / "home"), PYTHONPATH="")
-    subprocess.run([place / "bin" / "python", *command[1:]], cwd=checkout.root, env=env, check=True, timeout=60)
+    subprocess.run([place / "bin" / "python", *command[1:]], cwd=started_in, env=env, check=True, timeout=60)
     assert [row["status"] for row in checkout.rows()] == ["keep"]
 
 

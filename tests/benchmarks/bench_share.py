@@ -99,7 +99,6 @@ def full(number: int) -> None:
         size = len(agent.request(s, state)[1]["content"])
         own = session(mine, server, 1, **sharing, prefetch=True)  # as a model elsewhere is asked
         began = time.monotonic()
-        s.pushed = ""
         agent.push_rows(s)
         took.append(time.monotonic() - began)
     print(
