@@ -27,7 +27,8 @@ TINY |= dict(MATRIX_LR=0.02, MUON_STEPS=5)
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def fixed_seed_and_precision(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     torch.manual_seed(0)
 
 
@@ -82,6 +83,17 @@ def test_logits_depend_on_no_other_row_and_not_on_the_length():
     remember(model.recall, idx)
     for length in (1, 5, 8, 13, SEQ_LEN):
         torch.testing.assert_close(model(idx[2:3, :length]), model(idx)[2:3, :length], rtol=0, atol=1e-5)
+
+
+def test_a_cpu_that_multiplies_bf16_trains_with_it_and_scores_in_fp32(monkeypatch):
+    model, (idx, y) = busy_model(), batch()
+    plain, loss = model(idx), tiny_trainer().loss(idx, y).item()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert 1e-4 < (model(idx) - plain).abs().max() < 0.3 and model(idx).dtype == torch.float32
+    assert torch.equal(model.eval()(idx), plain)
+    trainer = tiny_trainer()
+    losses = [trainer.step([(idx, y)]).item() for _ in range(60)]
+    assert losses[0] == pytest.approx(loss, rel=1e-3) and losses[-1] < 0.1
 
 
 def test_windows_follow_the_pattern_and_the_last_is_full(monkeypatch):
