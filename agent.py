@@ -47,7 +47,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, median_high
 from urllib.parse import urlsplit
 
 # ---- Constants -------------------------------------------------------------------------------------------------------
@@ -445,7 +445,7 @@ def recall(s: Session) -> State:
     rows = [r for ref, commit in refs.items() if (r := known[commit]) and ref == f"refs/autoresearch/{r.tag}/{r.id}"]
     rows = [r for r in rows if r.task == s.config.prefix]
     roots, agent = {}, s.config.agent
-    began = {(r.tag, r.agent): r.time for r in sorted(rows, key=lambda r: r.time, reverse=True)}  # the first stays
+    began = {(r.tag, r.agent): r.time for r in sorted(rows, key=lambda r: r.time, reverse=True)}  # the earliest wins
     rows = tuple(sorted(rows, key=lambda r: (r.agent == agent, began[r.tag, r.agent], r.tag, r.agent, r.number)))
     mine = tuple(r for r in rows if (r.tag, r.agent) == (s.config.tag, agent))
     for r in mine:
@@ -464,7 +464,7 @@ def record(s: Session, row: Row, text: str) -> None:
             values = {"Format": FORMAT} | {key: getattr(row, name) for name, key in TRAILERS.items()}
             lines = [f"{key}: {one_line(str(value))}" for key, value in values.items() if value not in (None, "")]
             told = textwrap.fill(row.hypothesis, 72, break_on_hyphens=False, break_long_words=False)
-            parts = row.description, told, "\n".join(lines)
+            parts = row.description or "no description", told, "\n".join(lines)
             commit = git(s.config, "commit-tree", tree, "-p", row.parent, stdin="\n\n".join(filter(None, parts)))
             git(s.config, "update-ref", f"refs/autoresearch/{row.tag}/{row.id}", commit, "")
             return s.screen.say(row_line(s.task, row))
@@ -602,7 +602,7 @@ def push_rows(s: Session) -> None:
 
 def exchange(s: Session, later_s: float = 0.0) -> None:
     """Push, and after a while fetch; a remote that is away is told once, and caught up with by the next exchange."""
-    failed = asking(lambda: push_rows(s)).exception()
+    failed = asking(lambda: push_rows(s)).exception()  # whatever it is: nobody waits for this
     time.sleep(later_s)
     away = asking(lambda: fetch_rows(s)).exception()
     if (problem := failed or away) and not s.told:
@@ -633,14 +633,16 @@ def claim(s: Session, text: str) -> None:
         told = f"{s.config.agent}\n\n{s.began} {now()}"
         own = git(s.config, "commit-tree", git(s.config, "mktree"), stdin=told)
         ref = f"refs/{s.claims_at}/{program}"
-        lease = f"--force-with-lease={ref}:{claims(s).get(program, ('', ''))[0]}"  # where there is none, or a stale one
-        if program not in claimed_by_others(s):
-            with contextlib.suppress(OSError), s.remote:  # another may be faster
+        for _ in range(2):  # a push may fail as another was faster, or as what we know of the remote is old
+            if program in s.claimed or program in claimed_by_others(s):
+                break
+            with contextlib.suppress(OSError), s.remote:
+                lease = f"--force-with-lease={ref}:{claims(s).get(program, ('', ''))[0]}"  # of none, or a stale one
                 git(s.config, *PUSH, lease, s.config.share, f"{own}:{ref}")
                 s.claimed.add(program)
             fetch_rows(s)  # whoever had claimed it before has pushed its row since
         if r := (recall(s).tried | claimed_by_others(s)).get(program):
-            raise EditError(f"this repeats experiment {r.tag}/{row_line(s.task, r)}.")
+            raise EditError(f"this repeats experiment {r.tag}/{one_line(row_line(s.task, r))}: propose another.")
     except OSError as error:
         s.away = str(error)  # until an exchange succeeds
 
@@ -1118,7 +1120,7 @@ class State:
 
         Not what we have run ourselves; apart, what is too good to be believed while nobody has repeated it.
         """
-        mine, runs, offers = {name for r in self.mine for name in (r.text, r.peer)}, defaultdict(list), ([], [])
+        mine, runs, found, absurd = {name for r in self.mine for name in (r.text, r.peer)}, defaultdict(list), [], []
         theirs = [r for r in self.history if self.best and r.tag == self.best.tag and r.agent != self.agent]
         theirs = [r for r in theirs if r.conditions == self.task.conditions and r.score is not None]
         for r in theirs:
@@ -1127,8 +1129,9 @@ class State:
             scores = [one.score for one in runs[r.text] if one.reason != TOO_GOOD] or [r.score]
             gain, alone = self.task.gain(fmean(scores), self.bar), self.task.noise and len(runs[r.text]) < 2
             if gain > self.noise.sd:
-                offers[bool(alone and gain > self.task.suspicious * abs(self.bar))].append((gain, r))
-        return tuple([r for _, r in sorted(some, key=lambda offer: -offer[0])] for some in offers)
+                too_good = alone and gain > self.task.suspicious * abs(self.bar)
+                (absurd if too_good else found).append((gain, r))
+        return tuple([r for _, r in sorted(some, key=lambda offer: -offer[0])] for some in (found, absurd))
 
     def verdict(self, confirm: str, job: Job, score: float, shorter: bool) -> tuple[str, str]:
         """(status, reason) of a run with a score. A keep is strictly better than what the best is worth."""
@@ -1231,7 +1234,8 @@ def sandboxed(s: Session, work: Path, shown: list[Path]) -> list[str]:
     links = [Path(sys.executable)]  # an environment's python is a link, perhaps to a link
     while links[-1].is_symlink():
         links.append(Path(os.path.normpath(links[-1].parent / os.readlink(links[-1]))))
-    python = [sys.prefix, sys.base_prefix, *sys.path, *(link.parent.parent for link in links)]
+    path = [folder for folder in sys.path if folder != os.getcwd()]  # which an empty part of PYTHONPATH stands for
+    python = [sys.prefix, sys.base_prefix, *path, *(link.parent.parent for link in links)]
     python += [os.environ.get("CUDA_HOME", ""), *os.environ.get("LD_LIBRARY_PATH", "").split(":")]
     python = [Path(real) for path in python if os.path.isabs(path) for real in (path, os.path.realpath(path))]
     mounts = {p: ("--symlink", os.readlink(p)) if os.path.islink(p) else ("--ro-bind-try", p) for p in SYSTEM}
@@ -1355,8 +1359,9 @@ def train(s: Session, folder: Path, seed: int) -> Result:
     how = ["train.py"], limits, "data", s.task.handed, ("checkpoint.pt", "facts.json")
     status, reason, handed_s, facts = attempt(s, folder / "run.log", *how, AUTORESEARCH_SEED=str(seed))
     late_s = (handed_s or 0) - 1.01 * s.task.budget_s - LATE_S
-    late = "never asked for the training data" if handed_s is None else f"checkpoint {late_s:.0f} s late" * (late_s > 0)
-    status, reason = status or "invalid" * bool(late), reason or late
+    if not status and (handed_s is None or late_s > 0):
+        late = "never asked for the training data" if handed_s is None else f"checkpoint {late_s:.0f} s late"
+        status, reason = "invalid", late
     steps, tokens, memory_mb = (number(facts, name) for name in ("steps", "tokens", "peak_vram_mb"))
     measured = {"train_s": handed_s, "memory_gb": (memory_mb or 0.0) / 1024}
     measured |= {"steps": None if steps is None else int(steps), "tokens_M": tokens and tokens / 1e6}
@@ -2085,7 +2090,7 @@ def verification(s: Session, state: State) -> list[Job]:
 def run_s(s: Session, state: State, splits: int = 1) -> float:
     """Seconds that a row takes in all, as of late, 0.2 of them the loop's own; splits: that its run is scored on."""
     extra = [r.wall_s - r.train_s for r in state.mine[-5:] if r.score is not None and r.train_s]
-    return s.task.budget_s + 0.2 + splits * median(extra or [0.0])
+    return s.task.budget_s + 0.2 + splits * median_high(extra or [0.0])
 
 
 def for_search(s: Session, state: State, ahead: int = 0) -> bool:
@@ -2241,9 +2246,9 @@ def open_checkout(config: Config) -> Config:
     current = head.removeprefix("autoresearch/")
     today = re.sub(r"\W+", "-", f"{Path(prefix).name}-{datetime.now():%b%d}".lower()).strip("-")
     tag = config.tag or (current.removesuffix(f"-{config.agent}" * bool(config.agent)) if current != head else today)
-    for option, name, form in ("tag", tag, r"[\w.-]*"), ("agent", config.agent or "any", r"[\w.]*"):
-        if not re.fullmatch(f"[A-Za-z0-9]{form}", name) or re.search(r"\.$|\.lock$|\.\.|^data$", name):
-            raise UserError(f"--{option} {name}: use letters, digits, - and _ (no - in an agent), and not just data")
+    for option, name, dash in ("tag", tag, "-"), ("agent", config.agent or "any", ""):
+        if not re.fullmatch(rf"[A-Za-z0-9][\w.{dash}]*", name) or re.search(r"\.$|\.lock$|\.\.|^data$", name):
+            raise UserError(f"--{option} {name}: use letters, digits{', -' * bool(dash)} and _, and not just data")
     return replace(config, tag=tag, prefix=prefix)
 
 

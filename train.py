@@ -287,8 +287,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens (B, T) int64 -> logits (B, T, vocab_size) fp32, T <= seq_len. Activations are bf16 on CUDA, and in training
-    on a CPU that multiplies it (1.6 times the steps; others would take tens of times as long), else fp32."""
+    """Tokens (B, T) int64 -> logits (B, T, vocab_size) fp32, T <= seq_len. Activations: bf16 where fast, else fp32."""
 
     def __init__(self, vocab_size: int, seq_len: int, size: SimpleNamespace):
         super().__init__()
@@ -329,7 +328,7 @@ class GPT(nn.Module):
 
     def hidden(self, idx, run_block=Block.forward, block_mask=None):
         """Tokens (B, T) -> the inputs of logits_of() after the head. run_block: Block.forward, or compiled."""
-        fast = idx.is_cuda or idx.is_cpu and self.training and torch.cpu._is_avx512_bf16_supported()
+        fast = idx.is_cuda or idx.is_cpu and self.training and torch.cpu._is_avx512_bf16_supported()  # others emulate
         dtype = torch.bfloat16 if fast else torch.float32
         rotary = self.rotary[:, : idx.shape[1]]
         guesses, embedded = (), self.embedding(idx)
@@ -559,7 +558,8 @@ class Log:
 
     def show(self):
         """One line with the mean loss and speed since the last line. A loss that is not finite ends the run: exit 1."""
-        loss, now_s = float(self.loss_sum) / (steps := self.step - self.printed_step), self.data.elapsed()
+        loss = float(self.loss_sum) / (steps := self.step - self.printed_step)
+        now_s = self.data.elapsed()
         speed = steps * self.tokens_per_step / (now_s - max(0.0, self.printed_s))
         done = f"step {self.step} ({100 * self.data.progress():.1f}%)"
         print(f"{done} | loss {loss:.4f} | lr {self.factor:.2f} | tok/s {speed:.0f}", flush=True)
@@ -630,9 +630,9 @@ def run(data):
     tokens_per_step = trainer.micro_batches * trainer.rows * data.seq_len
     data.start(model)
     gc.disable()  # a collection would stall the loop
-    tokens = (steps := train(data, trainer, tokens_per_step)) * tokens_per_step
-    mfu = mfu_percent(model, data.seq_len, tokens / data.elapsed(), data.device)
-    prepare.finish(model, steps=steps, tokens=tokens, depth=depth, mfu_percent=mfu)
+    steps = train(data, trainer, tokens_per_step)
+    mfu = mfu_percent(model, data.seq_len, steps * tokens_per_step / data.elapsed(), data.device)
+    prepare.finish(model, steps=steps, tokens=steps * tokens_per_step, depth=depth, mfu_percent=mfu)
 
 
 def main():

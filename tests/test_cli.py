@@ -145,6 +145,7 @@ WRONG = {
     "--max-llm-tokens 0": "--max-llm-tokens must be a positive number",
     "--hours 0.001 --time-budget 60": "--hours 0.001 is shorter than one run of 60 s",
     "--tag ../x": "--tag ../x: use letters, digits, - and _",
+    "--share . --agent a-b": "--agent a-b: use letters, digits and _",
     "--tag x.lock": "--tag x.lock: use letters",
     "--share nowhere": "nowhere",
     "--share . --agent a..b": "use letters, digits",

@@ -242,7 +242,7 @@ def test_the_sandbox_works_wherever_checkout_cache_and_environment_are(tmp_path,
     packages = next(place.glob("lib/python*/site-packages")) / "rest.pth"
     packages.write_text(str(Path(psutil.__file__).parents[1]))
     command = checkout.command("--proposer", "search", "--experiments", "1", "--sandbox", "require")
-    env = checkout.env(HOME=str(tmp_path / "home"), PYTHONPATH="")
+    env = checkout.env(HOME=str(tmp_path / "home"), PYTHONPATH=":/nowhere")
     subprocess.run([place / "bin" / "python", *command[1:]], cwd=started_in, env=env, check=True, timeout=60)
     assert [row["status"] for row in checkout.rows()] == ["keep"]
 

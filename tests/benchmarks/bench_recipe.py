@@ -2,8 +2,8 @@
 
 train.py and plain_recipe.py, in turns, each as `python train.py` in a temporary folder, on the preset and data prepared
 last ($AUTORESEARCH_CACHE). GFLOP/s are those of the model's matrix products and attention; the peak is that of square
-matrix products here, the mean of before and after a run: fp32 on a CPU, bf16 on a GPU. The original's formula counts
-attention as if a query saw its whole window at every position. Compiled before it is measured.
+matrix products here, the mean of before and after a run: bf16 on a GPU and on a CPU that multiplies it, else fp32. The
+original's formula counts attention as if a query saw its whole window at every position. Compiled before it is measured.
 """
 
 import argparse
@@ -29,7 +29,8 @@ COLUMNS = "seed | val_bpb | tokens M | tokens/s | GFLOP/s | of peak | by the ori
 
 def peak_flops(device) -> float:
     """FLOP/s of the fastest of some square matrix products."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    fast = device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    dtype = torch.bfloat16 if fast else torch.float32
     fastest = 0.0
     for size, count in ((4096, 20), (8192, 10)) if device.type == "cuda" else ((1024, 8), (2048, 2)):
         a = torch.randn(size, size, device=device, dtype=dtype)
