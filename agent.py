@@ -838,7 +838,8 @@ def parse_reply(reply: str) -> Row:
     """A model's reply as the beginning of a row. Raises EditError."""
     if re.search(r"\S\s{500}", reply := reply.strip()):  # of a model stuck in a loop, which would take minutes to read
         raise EditError("The reply is mostly blank. Send it again, without the blank lines.")
-    reply = without_thoughts(reply)
+    on_its_line = r"^([^\w\n]*DESCRIPTION\b.*?)[ \t]+(SET[ \t]+[A-Z]\w*[ \t]*=)"  # as small models write
+    reply = re.sub(on_its_line, r"\1\n\2", without_thoughts(reply), flags=re.M)
     if not reply.strip():
         raise EditError("The reply was empty. Answer in plain text, in the form asked for; no tools are called here.")
     edits, hypothesis = reply_edits(reply), reply_field(reply, "HYPOTHESIS")[:1000]

@@ -53,6 +53,8 @@ def test_a_description_has_80_characters_no_file_name_and_is_made_of_the_edits_w
     assert agent.parse_reply("SET RATE = 2.0").description == "RATE = 2.0"
     assert len(agent.parse_reply(reply("SET RATE = 2.0", description="x" * 200)).description) == 80
     assert agent.parse_reply(f"DESCRIPTION: step 7\ntrain.py\n{STEP}").description == "step 7"
+    found = agent.parse_reply("**DESCRIPTION:** more. SET RATE = 2.0\n")  # an edit on its line is one
+    assert (found.description, found.edits) == ("more.", (RATE_2,))
 
 
 NAMES = ("think", "THINK", "thinking", "thought", "reasoning", "seed:think")
