@@ -586,7 +586,7 @@ def fetch_rows(s: Session, limit_s: float = GIT_S) -> None:
 
 
 def push_rows(s: Session) -> None:
-    """Push our rows and our branch where they are new, and remove our claims that are settled. Raises OSError."""
+    """Push our rows, and with them our branch, and remove our claims that are settled. Raises OSError."""
     branch, rows = f"refs/heads/{s.branch}", f"refs/autoresearch/{s.config.tag}/*-{s.config.agent}"
     with s.remote:
         own, running = git(s.config, "for-each-ref", rows), s.claimed - {r.program for r in [*s.known.values()] if r}
@@ -602,7 +602,7 @@ def push_rows(s: Session) -> None:
 
 def exchange(s: Session, later_s: float = 0.0) -> None:
     """Push, and after a while fetch; a remote that is away is told once, and caught up with by the next exchange."""
-    failed = asking(lambda: push_rows(s)).exception()  # whatever it is: nobody waits for this
+    failed = asking(lambda: push_rows(s)).exception()  # whatever it is, no session ends by it
     time.sleep(later_s)
     away = asking(lambda: fetch_rows(s)).exception()
     if (problem := failed or away) and not s.told:
@@ -641,8 +641,10 @@ def claim(s: Session, text: str) -> None:
                 git(s.config, *PUSH, lease, s.config.share, f"{own}:{ref}")
                 s.claimed.add(program)
             fetch_rows(s)  # whoever had claimed it before has pushed its row since
-        if r := (recall(s).tried | claimed_by_others(s)).get(program):
-            raise EditError(f"this repeats experiment {r.tag}/{one_line(row_line(s.task, r))}: propose another.")
+        if taken := claimed_by_others(s).get(program):
+            raise EditError(f"this repeats an experiment {taken.id}: propose another.")
+        if r := recall(s).tried.get(program):
+            raise EditError(f"this repeats experiment {r.tag}/{row_line(s.task, r)}.")
     except OSError as error:
         s.away = str(error)  # until an exchange succeeds
 
@@ -838,8 +840,9 @@ def parse_reply(reply: str) -> Row:
     """A model's reply as the beginning of a row. Raises EditError."""
     if re.search(r"\S\s{500}", reply := reply.strip()):  # of a model stuck in a loop, which would take minutes to read
         raise EditError("The reply is mostly blank. Send it again, without the blank lines.")
-    on_its_line = r"^([^\w\n]*DESCRIPTION\b.*?)[ \t]+(SET[ \t]+[A-Z]\w*[ \t]*=)"  # as small models write
-    reply = re.sub(on_its_line, r"\1\n\2", without_thoughts(reply), flags=re.M)
+    reply = without_thoughts(reply)
+    if not re.search(rf"{EDIT.pattern}|^def main\b", reply, re.M):  # small models write the edit on this line
+        reply = re.sub(r"^([^\w\n]*DESCRIPTION\b.*?)[ \t]+(SET[ \t]+[A-Z]\w*[ \t]*=)", r"\1\n\2", reply, flags=re.M)
     if not reply.strip():
         raise EditError("The reply was empty. Answer in plain text, in the form asked for; no tools are called here.")
     edits, hypothesis = reply_edits(reply), reply_field(reply, "HYPOTHESIS")[:1000]
@@ -1235,7 +1238,8 @@ def sandboxed(s: Session, work: Path, shown: list[Path]) -> list[str]:
     links = [Path(sys.executable)]  # an environment's python is a link, perhaps to a link
     while links[-1].is_symlink():
         links.append(Path(os.path.normpath(links[-1].parent / os.readlink(links[-1]))))
-    path = [folder for folder in sys.path if folder != os.getcwd()]  # which an empty part of PYTHONPATH stands for
+    # The folder that we are in, perhaps gone since, which an empty part of PYTHONPATH stands for, is not shown
+    path = [place for place in sys.path if not (os.path.exists(place) and os.path.samefile(place, "."))]
     python = [sys.prefix, sys.base_prefix, *path, *(link.parent.parent for link in links)]
     python += [os.environ.get("CUDA_HOME", ""), *os.environ.get("LD_LIBRARY_PATH", "").split(":")]
     python = [Path(real) for path in python if os.path.isabs(path) for real in (path, os.path.realpath(path))]
@@ -1257,7 +1261,7 @@ def attempt(s: Session, log: Path, args: list[str], limits: tuple, message: str,
 
     It is given what the run's folder has, and a copy of the best's compile cache; when it asks, the message and the
     task's files `names`, as read-only descriptors. limits, in seconds: of its time before that and after; see watch().
-    Returns status and reason, seconds since the hand-over, facts from the last of `left`, the files that it leaves.
+    left: the files that it leaves. Returns status, reason, seconds since the hand-over, facts from the last of these.
     """
     folder, work, cache = log.parent, log.parent / "work", s.runs / "best" / f"{log.stem}-cache"
     for name in ("work", *left):  # of an earlier attempt: every run starts from nothing

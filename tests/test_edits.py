@@ -55,6 +55,10 @@ def test_a_description_has_80_characters_no_file_name_and_is_made_of_the_edits_w
     assert agent.parse_reply(f"DESCRIPTION: step 7\ntrain.py\n{STEP}").description == "step 7"
     found = agent.parse_reply("**DESCRIPTION:** more. SET RATE = 2.0\n")  # an edit on its line is one
     assert (found.description, found.edits) == ("more.", (RATE_2,))
+    found = agent.parse_reply(f"DESCRIPTION: steps in place of SET RATE = 2.0\n{STEP}")  # beside another a mention
+    assert [edit.kind for edit in found.edits] == ["block"] and found.description.endswith("RATE = 2.0")
+    told = TEXT.replace("    step = 0", "    # DESCRIPTION: use SET RATE = 2.0\n    step = 0")
+    assert edited(f"```python\n{told}```") == told
 
 
 NAMES = ("think", "THINK", "thinking", "thought", "reasoning", "seed:think")

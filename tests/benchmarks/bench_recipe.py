@@ -2,8 +2,9 @@
 
 train.py and plain_recipe.py, in turns, each as `python train.py` in a temporary folder, on the preset and data prepared
 last ($AUTORESEARCH_CACHE). GFLOP/s are those of the model's matrix products and attention; the peak is that of square
-matrix products here, the mean of before and after a run: bf16 on a GPU and on a CPU that multiplies it, else fp32. The
-original's formula counts attention as if a query saw its whole window at every position. Compiled before it is measured.
+matrix products here, the mean of before and after a run: bf16 on a GPU and on a CPU that multiplies it (the plain recipe
+computes in fp32 on any CPU), else fp32. The original's formula counts attention as if a query saw its whole window at
+every position. Compiled before it is measured.
 """
 
 import argparse
