@@ -821,7 +821,9 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
     fences = (m for m in FENCE.finditer(rest) if m[2].strip() and not re.search("DESCRIPTION|HYPOTHESIS", m[2]))
     if odd := ODD.search(rest) or next(fences, None):
         left = "is left out of a reply: send all edits as SET lines or SEARCH/REPLACE blocks"
-        raise EditError(f"This is no edit of the form asked for, and nothing {left}: {one_line(odd[0])[:80]!r}")
+        line = re.search(r"\bSET[ \t]+[A-Z]\w*[ \t]*=[ \t]*[^\s`*]+", odd[0])
+        hint = f". The whole line should be: {line[0]}" if line else ""
+        raise EditError(f"This is no edit of the form asked for, and nothing {left}: {one_line(odd[0])[:80]!r}{hint}")
     if any(edit.old in ("NAME", "exact lines of train.py\n") for edit in found):
         raise EditError("This is the form, not an edit: name a constant of train.py and a number, or copy its lines.")
     choices = re.findall(CHOICE, rest.lower(), re.M)

@@ -227,6 +227,7 @@ REFUSED |= {
     "I would raise the rate.": "The reply has no edit",
     "SET RATES = 1": "Did you mean RATE",
     "SET NAME = value": "not an edit",
+    "A LINE: SET RATE = 0.5": "should be: SET RATE = 0.5",
 }
 
 
