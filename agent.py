@@ -444,8 +444,9 @@ def recall(s: Session) -> State:
             s.screen.say(f"skipped {odd[0]}{f' and {len(odd) - 1} more' * (len(odd) > 1)}: no rows of this version")
     rows = [r for ref, commit in refs.items() if (r := known[commit]) and ref == f"refs/autoresearch/{r.tag}/{r.id}"]
     rows = [r for r in rows if r.task == s.config.prefix]
-    roots, agent = {}, s.config.agent
-    began = {(r.tag, r.agent): r.time for r in sorted(rows, key=lambda r: r.time, reverse=True)}  # the earliest wins
+    began, roots, agent = {}, {}, s.config.agent
+    for r in rows:
+        began[r.tag, r.agent] = min(r.time, began.get((r.tag, r.agent), r.time))
     rows = tuple(sorted(rows, key=lambda r: (r.agent == agent, began[r.tag, r.agent], r.tag, r.agent, r.number)))
     mine = tuple(r for r in rows if (r.tag, r.agent) == (s.config.tag, agent))
     for r in mine:

@@ -118,7 +118,7 @@ def folder(tmp_path, monkeypatch):
 def commit_all(checkout):
     checkout.git("init", "-q", "-b", "main")
     checkout.git("add", "-A")
-    checkout.git("-c", "user.name=u", "-c", "user.email=u@u", "commit", "-qm", "start")
+    checkout.git(*USER, "commit", "-qm", "start")
 
 
 @pytest.fixture
