@@ -2,8 +2,8 @@
 
 Of each: the first run by hand under five seeds, then a session of `--proposer search` in a temporary clone, one hour, by
 the same command as a user's. Prints both beside the published value, and the rows that were kept. An hour
-and five minutes each; with a name (circles, distances, images) that one alone, with `--hours 0` its first runs alone. All
-compute on one core.
+and five minutes each; with a name (circles, distances, images) that one alone, with `--hours 0` its first runs alone.
+Images compute on two cores, the others on one.
 """
 
 import argparse

@@ -8,6 +8,7 @@ import runpy
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or Path(__file__).resolve().parent / "runs" / "data")
 FILES = {split: [f"{split}_images.bin", f"{split}_labels.bin"] for split in ("train", "val", "test")}
 CLASSES, SIZE, BATCH = 10, 20, 250  # SIZE: pixels; BATCH: images that are scored at a time
+CORES = ThreadPoolExecutor(2)  # two single threads: what spins for its partner is late wherever another program runs
 BUDGET_S = float(os.environ.get("AUTORESEARCH_TIME_BUDGET") or 30)
 
 
@@ -76,7 +78,7 @@ class Data:
 def load() -> Data:
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(int(os.environ.get("AUTORESEARCH_SEED", "42")))
-    torch.set_num_threads(1)  # a second one is often late: it would wait for a core, and the first for it
+    torch.set_num_threads(1)  # in each thread of CORES
     return Data()
 
 
@@ -112,8 +114,7 @@ if __name__ != "__main__":
 elif sys.argv[1:2] != ["score"]:
     make()
 else:
-    folder, split = Path(sys.argv[2]), (sys.argv[4:5] or ["val"])[0]
-    result = measure(folder, split)
+    result = measure(folder := Path(sys.argv[2]), split := (sys.argv[4:5] or ["val"])[0])
     print(f"{split}: {result.get('invalid') or result['score']}", flush=True)
     (folder / ("score.json" if split == "val" else "score-test.json")).write_text(json.dumps(result))
     os._exit(3 if "invalid" in result else 0)  # what a model left to do at the exit is not done
