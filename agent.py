@@ -58,15 +58,15 @@ BROKE_A_RULE = 3  # exit status of a run or a scorer that found the model dishon
 SEED, CONFIRM_SEED = 42, 43  # of every candidate's first run, of its confirmation
 VERIFY_SEEDS, VERIFY_HOURS = (101, 102, 103), 4.0  # used by nothing else; sessions of this length end with them
 REPEAT_S, REPEAT_RUNS = 7200.0, 24  # after this long, and so many budgets, the best runs again
-LATE_S, KILL_S = 5.0, 10.0  # besides a share of the budget: when a checkpoint is late, when a run is killed
+LATE_S, KILL_S = 5.0, 10.0  # added to a share of the budget: a checkpoint is late, a run is killed
 POLL_S, LOOK_S, WAIT_S = 0.1, 1.0, 5.0  # between two looks: for an end, at what a run uses, at a busy machine
 GIT_S, FIRST_S = 60.0, 600.0  # that a git command may take, also with a remote; the first fetch
-PEERS, CLAIMS = "refs/autoresearch-peers", "autoresearch-claims"  # what a remote has; refs/... there, of what runs
+PEERS, CLAIMS = "refs/autoresearch-peers", "autoresearch-claims"  # here a remote's refs; there, in refs/, what runs
 LOG_BYTES, TMP_BYTES, PROCESSES = 4 * 2**20, 2**30, 1000  # that a run may print, write to /tmp and /dev/shm, start
 FREE_BYTES, FREE_FILES, FREE_SHARE = 2**30, 10_000, 0.03  # of the disk, of memory: a run that leaves less is killed
-ROOM_BYTES = 2**30  # of the disk beyond that, for which a run is waited with
+ROOM_BYTES = 2**30  # of the disk, beyond that: with less no run starts
 REPAIR_TRIES, USELESS = 2, 20  # a crash goes back to its model; useless replies before the search proposes
-OUTAGE_S, REPLY_S = 180.0, 900.0  # of failures before that; that one reply may take
+OUTAGE_S, REPLY_S = 180.0, 900.0  # of failures before the search proposes; that one reply may take
 LIMITS = ("max_tokens", 32_000), ("max_completion_tokens", 32_000), ("max_tokens", 8_000), ("max_tokens", 2_000)
 STUCK_ROWS, NOTES_ROWS = 8, 10  # without a keep before the question changes; between two notes of the model
 DIFF_CHARS, DIFFS_CHARS, ROWS_CHARS = 4_000, 12_000, 44_000  # that a request shows of one diff, of all keeps', of rows
@@ -177,7 +177,7 @@ class Config:
     root: Path  # the task: the folder of train.py, prepare.py, program.md and results.tsv
     cache: Path  # of prepare.py's folders
     hours: float | None = option(None, "end after this long; default: until Ctrl-C", type=float, metavar="H")
-    experiments: int | None = option(None, "end after N rows, the baseline counted", type=int, metavar="N")
+    experiments: int | None = option(None, "end after N experiments, the baseline counted", type=int, metavar="N")
     tag: str = option("", "name of the branch autoresearch/TAG; default: today, like nov21")
     proposer: str = option("llm", "who proposes; mix alternates; default: llm", choices=("llm", "search", "mix"))
     model: str = option("", "default: $OPENAI_MODEL, else the endpoint's only model")
@@ -305,7 +305,7 @@ class Row:
     def device(self) -> str:
         return self.conditions.removeprefix(f"{self.terms}, ")[:60]
 
-    search = Config.name  # that it belongs to
+    search = Config.name  # that it belongs to: TAG or TAG-AGENT
     terms = Task.terms
 
 
@@ -405,7 +405,7 @@ def file_at(config: Config, commit: str) -> str:
 
 
 def refs_of(config: Config, *places: str) -> dict[str, str]:
-    """The objects that refs name, by ref; without refs whose names hold what git allows and no line can."""
+    """The objects that refs name, by ref; without those whose names do not fit a line."""
     listed = git(config, "for-each-ref", "--format=%(refname) %(objectname)", *places)
     return dict(re.findall(r"^(\S+) (\w+)$", listed, re.M))
 
@@ -511,7 +511,7 @@ def settle(s: Session, state: State) -> State:
             text = git(s.config, "cat-file", "--filters", f"{state.stand}:./train.py", raw=True)  # its line ends set
             write_whole(s.config.root / "train.py", text)
         if state.tip != state.stand:
-            if state.best is not state.mine[-1] or s.stood != state.tip:  # else it is a new keep
+            if state.best is not state.mine[-1] or s.stood != state.tip:  # it is no new keep
                 back = f"git checkout HEAD~1 -- {s.config.prefix}train.py && git commit -m back"
                 s.screen.say(f"      {s.branch} goes to the best, {state.stand[:7]}. To take a keep back: {back}")
             git(s.config, "update-ref", f"refs/heads/{s.branch}", state.stand, state.tip)
@@ -524,7 +524,7 @@ def settle(s: Session, state: State) -> State:
 
 
 def foreign(s: Session, state: State) -> tuple[str, set[str], dict[str, tuple[str, str]]]:
-    """Why the checkout's train.py is the user's own, empty where it is not, or missing; blobs of views; what is staged."""
+    """Why train.py is the user's own here (empty where it is ours, or deleted); the views' blobs; what is staged."""
     views = {blob for _, blob in entries(s.config, "ls-tree", state.root).values()}
     views |= {blob for r in state.mine for blob in (r.text, r.brief)}
     here, staged = git(s.config, "hash-object", "--", "train.py", default=""), entries(s.config, "ls-files", "-s")
@@ -736,10 +736,10 @@ def apply_block(text: str, old: str, new: str) -> str:
         near = "\n".join(lines[i : i + min(n, 40)])
         raise EditError(f"the SEARCH lines are not in train.py. The nearest are lines {i + 1} to {i + n}:\n{near}")
     i, both = found[0], (wanted, lines[found[0] : found[0] + n])
-    was, now = (os.path.commonprefix([re.match(r"\s*", x)[0] for x in part if x.strip()]) for part in both)
-    if was != now and not all(line.startswith(was) for line in put if line.strip()):
+    was, here = (os.path.commonprefix([re.match(r"\s*", x)[0] for x in part if x.strip()]) for part in both)
+    if was != here and not all(line.startswith(was) for line in put if line.strip()):
         raise EditError("its lines are indented otherwise than in train.py. Copy the indentation exactly.")
-    put = [now + line[len(was) :] if line.strip() and was != now else line for line in put]
+    put = [here + line[len(was) :] if line.strip() and was != here else line for line in put]
     return "\n".join(lines[:i] + put + lines[i + n :])
 
 
@@ -1000,10 +1000,10 @@ def search_proposal(text: str, key: str, tried: dict[str, Row], task: Task, rows
     known = [k for k in known if k.low is not None] or known  # bounds say that a line is meant to be searched
     here, rng = np.array([position(k, k.value) for k in known]), random.Random(key)
     mean, root = learned(known, rows, task)
-    for attempt in range(300):
+    for tries in range(300):
         slopes, squares = np.split(mean + 0.5 * root @ [rng.gauss(0, 1) for _ in mean], 2)
         squares = np.maximum(squares, 0.1)
-        astray = [attempt / 50 * rng.gauss(0, 1) for _ in known]  # ever more, where all that is near was tried
+        astray = [tries / 50 * rng.gauss(0, 1) for _ in known]  # ever more, where all that is near was tried
         steps = np.clip(slopes / (2 * squares), -0.7, 0.7) + astray
         values = [stepped(k, step) for k, step in zip(known, steps)]
         steps = np.array([position(k, value) for k, value in zip(known, values)]) - here  # as they can be made
@@ -1031,7 +1031,7 @@ def last_while(rows: list[Row], condition: Callable[[Row], bool]) -> int:
     return sum(1 for _ in itertools.takewhile(condition, reversed(rows)))
 
 
-def squares(groups: list[list[float]]) -> tuple[float, int]:
+def deviations(groups: list[list[float]]) -> tuple[float, int]:
     """The sum of squares of numbers about their own group's mean, and its degrees of freedom."""
     total = sum((value - fmean(group)) ** 2 for group in groups for value in group)
     return total, sum(len(group) - 1 for group in groups)
@@ -1087,7 +1087,7 @@ class State:
         """From everybody's repeats so far, and the task's prior, which weighs as much as two."""
         groups = self.scores(self.history)
         wild = {key for key, runs in groups.items() if max(runs) - min(runs) > self.task.suspicious * abs(runs[0])}
-        total, repeats = squares([runs for key, runs in groups.items() if key[0] == self.agent or key not in wild])
+        total, repeats = deviations([runs for key, runs in groups.items() if key[0] == self.agent or key not in wild])
         return Noise(math.sqrt((2 * self.task.noise**2 + total) / (2 + repeats)), repeats)
 
     @cached_property
@@ -1104,7 +1104,8 @@ class State:
     @cached_property
     def base(self) -> Row | None:
         """The tag's first baseline that has a score."""
-        return next((r for r in self.mine if r.proposer == "baseline" and r.status == "keep"), None)
+        keeps = (r for r in self.mine if r.status == "keep" and r.text in self.means)
+        return next((r for r in keeps if r.proposer == "baseline"), None)
 
     @property
     def stand(self) -> str:
@@ -1147,7 +1148,7 @@ class State:
         if self.best is None:
             return "keep", ""
         gain, last = self.task.gain(score, self.bar), candidates(self.own)[-36:]
-        rare = len(last) == 36 and sum(r.status == "keep" for r in last) < 0.08 * 36
+        rare = len(last) == 36 and sum(r.status == "keep" for r in last) < 3
         if job.kind == "candidate" and self.task.noise:  # what must be confirmed on a second seed before it counts
             if gain > self.task.suspicious * abs(self.bar):
                 return "maybe", TOO_GOOD
@@ -1172,7 +1173,7 @@ class State:
         """By split the gain that the final verification shows, and a sentence; both empty before there are two seeds."""
         if len(self.pairs) < 2:
             return {}, ""
-        unchosen = [r for r in self.own if r.seed != SEED or r.proposer == "baseline"]  # no choice hung on these
+        unchosen = [r for r in self.own if r.seed != SEED or r.proposer == "baseline"]  # here whatever they showed
         others = [*self.scores(unchosen).values()]
         held = [[json.loads(r.held) for r in group] for group in zip(*self.pairs.values())]
         held = held if self.task.lower_is_better else held[::-1]
@@ -1193,10 +1194,10 @@ def gain_of(best: list[list[float]], base: list[list[float]], others: list[list[
     best, base: of two runs or more each, what the blocks of held-out data add to the cost. others: repeats of programs.
     """
     costs = [[sum(run) for run in runs] for runs in (best, base)]
-    total, freedom = squares([*costs, *others])
+    total, freedom = deviations([*costs, *others])
     blocks = [fmean(b) - fmean(a) for a, b in zip(zip(*best), zip(*base))]
     seeds, n = total / freedom * (1 / len(best) + 1 / len(base)), len(blocks)
-    text = n * squares([blocks])[0] / (n - 1) if n > 1 else 0.0
+    text = n * deviations([blocks])[0] / (n - 1) if n > 1 else 0.0
     freedom = (seeds + text) ** 2 / (seeds**2 / freedom + text**2 / max(1, n - 1)) if seeds + text else math.inf
     t_95 = 1.960 + sum(c / freedom**k for k, c in enumerate((2.372, 2.823, 2.555, 1.586), 1))  # Abramowitz 26.7.5
     gain, off = fmean(costs[1]) - fmean(costs[0]), t_95 * math.sqrt(seeds + text)
@@ -1453,7 +1454,8 @@ def number(facts: dict, name: str) -> float | None:
 
 def take(folder: Path, names: tuple[str, ...]) -> None:
     """Move what a process was to leave out of folder/work, if it is a plain file or folder; delete the rest."""
-    os.chmod(folder / "work", 0o700)  # it may have taken the rights away
+    with contextlib.suppress(OSError):  # it may have no rights left, or, without a sandbox, be gone
+        os.chmod(folder / "work", 0o700)
     for name in names:
         found = folder / "work" / name
         small = found.is_file() and (name == "checkpoint.pt" or found.stat().st_size < 65_536)
@@ -1474,7 +1476,7 @@ def remove(path: Path) -> None:
 
 
 def strip(folder: Path) -> None:
-    """Delete what is large in a run's folder, and the link best/ where it is given as that."""
+    """Delete what is large in a run's folder; of best/, in the run that it links to, and the link."""
     for name in ("checkpoint.pt", "run-cache", "score-cache", "work"):
         remove(folder / name)
     if folder.is_symlink():
@@ -1728,12 +1730,12 @@ def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], 
                 s.limits = s.limits[1:]
             elif named and (refused or status in (500, 501)):
                 s.without = (*s.without, named[0])
-            elif 12_000 < size < sent and halved < (3 if refused else status == 500):
+            elif 12_000 < size < sent and halved < (3 if refused else 1 if status == 500 else 0):
                 halved, s.chars, sent = halved + 1, size // 2, size  # too long, perhaps, whatever its words
             elif left and refused:  # its form, perhaps, whatever its words
                 s.chars, s.without = before[0], (*s.without, left[0])
             else:
-                (s.chars, s.without), halved = before, 0  # that was not it
+                (s.chars, s.without), halved = before, 0  # no guess is left: all are undone
                 passing = status in (0, 408, 409, 425) or status >= 500 or status == 429 and "quota" not in text
                 patience_s = s.config.outage_s if s.tokens or status else min(5.0, s.config.outage_s)
                 wait_s = max(wait_s, error.wait_s)
@@ -1920,7 +1922,7 @@ def draw(state: State, path: Path) -> None:
     """The progress picture: every score a dot, the running best a step line in its noise, keeps labelled."""
     from matplotlib.figure import Figure
 
-    keeps = [r for r in state.search if r.status == "keep"]
+    keeps = [r for r in state.search if r.status == "keep" and r.text in state.means]
     others = [r for r in state.search if r.status != "keep" and r.score is not None]
     x, y, sd = [r.number for r in keeps], [state.means[r.text] for r in keeps], state.noise.sd
     axes = (figure := Figure(figsize=(12, 6), dpi=130, layout="constrained")).subplots()
@@ -2058,17 +2060,17 @@ def next_job(s: Session, state: State) -> Job | None:
         return to_verify[0] if to_verify and s.left_s > verify_s else None
     if best is None:
         return Job("baseline", state.text, Row("baseline", proposer="baseline"))
-    tried = {r.seed: r for r in state.mine if r.text == best.text}
-    seed = next(seed for seed in itertools.count(CONFIRM_SEED) if seed not in {*tried, *VERIFY_SEEDS})
+    ran = {r.seed: r for r in state.mine if r.text == best.text}
+    seed = next(seed for seed in itertools.count(CONFIRM_SEED) if seed not in {*ran, *VERIFY_SEEDS})
     if (crashes := last_while(state.mine, lambda r: r.score is None)) >= 3:
         return again(s, "repeat", best, seed, f"after {crashes} runs without a score")
     if doubtful:
-        if len(state.runs[best.text]) < 2 and CONFIRM_SEED not in tried:
+        if len(state.runs[best.text]) < 2 and CONFIRM_SEED not in ran:
             return again(s, "repeat", best, CONFIRM_SEED, f"to judge {doubtful.id} by")
         return again(s, "confirmation", doubtful, CONFIRM_SEED, "")
-    tried_s = time.time() - max(datetime.fromisoformat(r.time).timestamp() for r in tried.values())
-    if s.task.noise and tried_s > max(REPEAT_S, REPEAT_RUNS * s.task.budget_s):
-        return again(s, "repeat", best, seed, f"{tried_s / 3600:.1f} h after it ran")
+    idle_s = time.time() - max(datetime.fromisoformat(r.time).timestamp() for r in ran.values())
+    if s.task.noise and idle_s > max(REPEAT_S, REPEAT_RUNS * s.task.budget_s):
+        return again(s, "repeat", best, seed, f"{idle_s / 3600:.1f} h after it ran")
     return Job("candidate")
 
 
@@ -2254,17 +2256,17 @@ def open_checkout(config: Config) -> Config:
     current = head.removeprefix("autoresearch/")
     today = re.sub(r"\W+", "-", f"{Path(prefix).name}-{datetime.now():%b%d}".lower()).strip("-")
     tag = config.tag or (current.removesuffix(f"-{config.agent}" * bool(config.agent)) if current != head else today)
-    for option, name, dash in ("tag", tag, "-"), ("agent", config.agent or "any", ""):
+    for what, name, dash in ("tag", tag, "-"), ("agent", config.agent or "any", ""):
         if not re.fullmatch(rf"[A-Za-z0-9][\w.{dash}]*", name) or re.search(r"\.$|\.lock$|\.\.|^data$", name):
-            raise UserError(f"--{option} {name}: use letters, digits{', -' * bool(dash)} and _, and not just data")
+            raise UserError(f"--{what} {name}: use letters, digits{', -' * bool(dash)} and _, and not just data")
     return replace(config, tag=tag, prefix=prefix)
 
 
 def read_task(config: Config) -> Task | None:
     """The task that prepare.py made last, on this machine's hardware; None where there is none. Raises UserError."""
-    folder, judge = config.cache / (read_text(config.cache / "current").strip() or "none"), config.root / "prepare.py"
+    folder, maker = config.cache / (read_text(config.cache / "current").strip() or "none"), config.root / "prepare.py"
     meta, own = read_facts(folder / "meta.json"), config.cache.is_relative_to(config.root)
-    stale = own and meta and judge.stat().st_mtime > (folder / "meta.json").stat().st_mtime  # what it makes may differ
+    stale = own and meta and maker.stat().st_mtime > (folder / "meta.json").stat().st_mtime  # what it makes may differ
     if stale or not meta or meta.get("format", META_FORMAT) != META_FORMAT:
         return None
     found = {f.name: tuple(v) if isinstance(v := meta[f.name], list) else v for f in fields(Task) if f.name in meta}
@@ -2542,14 +2544,14 @@ def follow(s: Session, ray, left: list) -> list[int]:
 def as_recorded(task: Task, r: Row) -> Task:
     """The task as a row's conditions tell of it, on whatever machine they were."""
     metric, lower = r.conditions.split(" ")[0], "(lower" in r.conditions
-    return replace(task, conditions=r.conditions, metric=metric, lower_is_better=lower)
+    return replace(task, conditions=r.conditions, metric=metric, lower_is_better=lower, plausible=Task.plausible)
 
 
 def configured(argv: list[str] | None) -> Config:
     """The command line and the environment as a Config. Raises UserError where no model is configured."""
     p = argparse.ArgumentParser("agent.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option in (f for f in fields(Config) if f.metadata):
-        p.add_argument(f"--{option.name.replace('_', '-')}", default=option.default, **option.metadata)
+    for f in (f for f in fields(Config) if f.metadata):
+        p.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, **f.metadata)
     p.add_argument("--task", metavar="DIR", help="folder of train.py, prepare.py, program.md; default: of agent.py")
     args = p.parse_args(argv)
     for name in ("hours", "experiments", "time_budget", "max_llm_tokens", "workers"):

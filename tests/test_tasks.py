@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, commit_all, llm, make_checkout, rewrite
+from matplotlib.figure import Figure
 
 import agent
 
@@ -89,7 +90,7 @@ SOLVE = """    steps, x = 1, model[0](data.images)
     model[1].weight.data = torch.linalg.solve(x.T @ x + 100 * torch.eye(x.shape[1]), wanted).T.contiguous()"""
 
 
-def test_where_higher_is_better_a_noisy_gain_is_doubted_confirmed_and_drawn(tmp_path, folder, server):
+def test_where_higher_is_better_a_noisy_gain_is_doubted_confirmed_and_drawn(tmp_path, folder, server, monkeypatch):
     """Images, a fifth of them: the baseline always says 0; what learns is at once too good to be believed."""
     checkout = of_task("images", tmp_path, folder)
     prepare = checkout.text("prepare.py").replace("zip((8000, 4000, 4000)", "zip((1600, 800, 800)")
@@ -98,15 +99,28 @@ def test_where_higher_is_better_a_noisy_gain_is_doubted_confirmed_and_drawn(tmp_
     checkout.commit(checkout.text().replace(output, f"{output} * 0"))
     learns = rewrite("def build_model():\n    return Net()", EDGES, description="learns")
     learns += rewrite("    steps = train(data, model)", SOLVE, description="").partition("DESCRIPTION: \n")[2]
-    seen = "        return (x[:, :, 1:] - x[:, :, :-1]).abs().mean(1).flatten(1)"
-    looks_around = rewrite(seen, f"        x = x - 9 * x.mean(0)\n{seen}", description="looks around")
-    llm(checkout, server, learns, looks_around, time_budget=0.3, tag="t", pictures=True)
+    edges = "        return (x[:, :, 1:] - x[:, :, :-1]).abs().mean(1).flatten(1)"
+    looks_around = rewrite(edges, f"        x = x - 9 * x.mean(0)\n{edges}", description="looks around")
+    wanted, made = SOLVE.splitlines()[1], EDGES.splitlines()[-1]
+    opposite = rewrite(wanted, f"{wanted} * -1", description="opposite")
+    square = rewrite(made, f"{made[:-1]}, nn.Unflatten(1, (2, 5)))", description="square")
+    crash = rewrite(SOLVE.splitlines()[0], "    raise RuntimeError('no step')", description="crash")
+    seen, saved = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda it, path: (seen.append(it.axes[0].get_ylim()), saved(it, path)))
+    llm(checkout, server, learns, looks_around, opposite, square, crash, time_budget=0.3, tag="t", pictures=True)
+    assert checkout.session(experiments=1, time_budget=0.3, tag="t") == 0  # goes on, with the search
     found = [f"{row['status']} {row['accuracy'][:4]} {row['description']}" for row in checkout.rows()]
     assert found[:2] == ["keep 0.10 baseline", "maybe 0.20 learns (too good to believe at once)"]
     assert found[2] == "verify 0.10 repeat of 0001 (to judge 0002 by)"
     assert found[3].startswith("keep 0.20 learns (confirms 0002; this run alone: 0.20")
     assert found[4].startswith("invalid 0.00 looks around (log probabilities are not finite, or change by")
+    assert found[5].startswith("discard 0.0") and found[7] == "crash 0.00 crash (RuntimeError: no step)"
+    assert found[6].startswith("invalid 0.00 square (wrong output: forward must return plain logits of shape (N, 10)")
+    assert checkout.rows()[8]["proposer"] == "search" and found[8].startswith("discard 0.2")
+    report = (checkout.root / "runs" / "t" / "report.md").read_text()
+    assert re.search(r"\| tiny \| 5 \| 1 \| 1 \| 0\.2\d+ \| 0\.1\d+ \|", report) and "| search | 1 | 0 |" in report
     assert (checkout.root / "runs" / "t" / "progress.png").read_bytes().startswith(b"\x89PNG")
+    assert seen and all(0 < low < 0.1 and high > 0.2 for low, high in seen)  # cut off is what is far worse
 
 
 def test_a_task_in_a_folder_of_any_repository_has_rows_tag_and_data_of_its_own(checkout):
@@ -182,7 +196,7 @@ def test_an_example_is_short_and_keeps_the_rules_that_its_brief_states(name, mos
     lengths = {file: len((TASKS / name / file).read_text().splitlines()) for file in ("prepare.py", "train.py")}
     assert lengths["prepare.py"] <= 120 and lengths["train.py"] <= 150
     text = (TASKS / name / "train.py").read_text()
-    task = agent.Task(Path(), "score", required=("main", "load", "start"))
+    task = agent.Task(Path(), "score", required=("main", "load", "start", "finish"))
     task = task if most is None else replace(task, max_digits=most)
     assert not agent.faults_of(text, task.required, task.max_digits)
     if most is not None:

@@ -35,16 +35,17 @@ def first_run(task: Path, folder: Path, seed: int) -> float:
     return json.loads((folder / "score.json").read_text())["score"]
 
 
-def session(task: Path, folder: Path, hours: float) -> list[dict]:
-    """The rows of a session on the task in a new clone."""
+def session(task: Path, folder: Path, hours: float) -> tuple[list[dict], str]:
+    """The rows of a session on the task in a new clone, and what --status says of them."""
     checkout = make_checkout(folder / "clone", folder / "cache")
     place = checkout.root / "tests" / "tasks" / task.name
     shutil.copytree(task, place, ignore=shutil.ignore_patterns("runs", "__pycache__"))
     commit_all(checkout)
-    command = [sys.executable, "agent.py", "--task", str(place), "--proposer", "search", "--hours", str(hours)]
-    subprocess.run(command, cwd=checkout.root, env=checkout.env(), check=True)
+    command, how = [sys.executable, "agent.py", "--task", str(place)], {"cwd": checkout.root, "env": checkout.env()}
+    subprocess.run([*command, "--proposer", "search", "--hours", str(hours)], check=True, **how)
     head, *lines = (place / "results.tsv").read_text().splitlines()
-    return [dict(zip(head.split("\t"), line.split("\t"))) for line in lines]
+    rows = [dict(zip(head.split("\t"), line.split("\t"))) for line in lines]
+    return rows, subprocess.run([*command, "--status"], check=True, text=True, stdout=subprocess.PIPE, **how).stdout
 
 
 def main() -> None:
@@ -52,20 +53,21 @@ def main() -> None:
     p.add_argument("names", nargs="*", default=[*PUBLISHED][:2], metavar="NAME", help="(circles distances)")
     p.add_argument("--hours", type=float, default=1.0, metavar="H", help="of search (1)")
     args = p.parse_args()
-    os.environ.update(GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_SYSTEM=os.devnull, OMP_NUM_THREADS="1")
+    os.environ.update(GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_SYSTEM=os.devnull)
     for name in args.names:
+        os.environ["OMP_NUM_THREADS"] = "2" if name == "images" else "1"
         task = ROOT / "tests" / "tasks" / name
         with tempfile.TemporaryDirectory() as folder:
             os.environ["AUTORESEARCH_CACHE"] = str(Path(folder) / "data")
             subprocess.run([sys.executable, task / "prepare.py"], check=True, stdout=subprocess.DEVNULL)
             first = [first_run(task, Path(folder) / str(seed), seed) for seed in SEEDS]
-            rows = session(task, Path(folder), args.hours) if args.hours else []
+            rows, status = session(task, Path(folder), args.hours) if args.hours else ([], "")
         print(f"\n{name}: published {PUBLISHED[name]}")
         print(f"  first runs, seeds {SEEDS}: {', '.join(f'{score:.6f}' for score in first)}; sd {stdev(first):.6f}")
         if not rows:
             continue
         metric, kept = list(rows[0])[1], [row for row in rows if row["status"] == "keep"]
-        print(f"  after {args.hours:g} h of search, {len(rows)} runs: {kept[-1][metric]}")
+        print(f"  after {args.hours:g} h of search, {len(rows)} runs: {status.splitlines()[1]}")
         for row in kept:
             print(f"    {row['id']}  {row[metric]}  {row['description']}")
 

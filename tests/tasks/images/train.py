@@ -61,7 +61,7 @@ def train(data, model):
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY, nesterov=True)
 
     def learn(batch, labels):
-        """Adds the gradients of half a batch to those of the other; returns its loss."""
+        """Adds half the gradients of half a batch, normalized for itself; returns half its loss."""
         loss = F.cross_entropy(model(batch), labels, label_smoothing=SMOOTHING) / 2
         loss.backward()
         return loss.item()
@@ -70,15 +70,15 @@ def train(data, model):
         for group in optimizer.param_groups:
             group["lr"] = RATE * max(0.0, rate_at(data.progress()))
         optimizer.zero_grad()
-        loss = sum(prepare.CORES.map(learn, batch.chunk(2), labels.chunk(2)))
+        loss = sum(data.cores.map(learn, batch.chunk(2), labels.chunk(2)))
         optimizer.step()
-        if step % 20 == 0 or data.expired():
+        if step % 20 == 0 or data.progress() >= 1:
             speed = step * BATCH / (data.progress() * prepare.BUDGET_S)
             print(
                 f"step {step} ({100 * data.progress():.1f}%) | loss {loss:.4f} | images/s {speed:.0f}",
                 flush=True,
             )
-        if data.expired():
+        if data.progress() >= 1:
             return step
 
 
