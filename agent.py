@@ -526,7 +526,8 @@ def settle(s: Session, state: State) -> State:
 def foreign(s: Session, state: State) -> tuple[str, set[str], dict[str, tuple[str, str]]]:
     """Why train.py is the user's own here (empty where it is ours, or deleted); the views' blobs; what is staged."""
     views = {blob for _, blob in entries(s.config, "ls-tree", state.root).values()}
-    views |= {blob for r in state.mine for blob in (r.text, r.brief)}
+    views |= {r.text for r in state.mine}
+    views |= {r.brief for r in state.mine if r.status == "keep" and r.proposer != "baseline"}  # of the branch
     here, staged = git(s.config, "hash-object", "--", "train.py", default=""), entries(s.config, "ls-files", "-s")
     name = f"{s.config.prefix}train.py"
     why = f"{name} is changed and not committed. Commit it (git commit {name} -m mine), or: git stash push {name}"
@@ -1173,7 +1174,7 @@ class State:
         """By split the gain that the final verification shows, and a sentence; both empty before there are two seeds."""
         if len(self.pairs) < 2:
             return {}, ""
-        unchosen = [r for r in self.own if r.seed != SEED or r.proposer == "baseline"]  # here whatever they showed
+        unchosen = [r for r in self.own if r.seed != SEED or r.proposer == "baseline"]  # whether kept or not
         others = [*self.scores(unchosen).values()]
         held = [[json.loads(r.held) for r in group] for group in zip(*self.pairs.values())]
         held = held if self.task.lower_is_better else held[::-1]
@@ -2544,7 +2545,7 @@ def follow(s: Session, ray, left: list) -> list[int]:
 def as_recorded(task: Task, r: Row) -> Task:
     """The task as a row's conditions tell of it, on whatever machine they were."""
     metric, lower = r.conditions.split(" ")[0], "(lower" in r.conditions
-    return replace(task, conditions=r.conditions, metric=metric, lower_is_better=lower, plausible=Task.plausible)
+    return replace(task, conditions=r.conditions, metric=metric, lower_is_better=lower)
 
 
 def configured(argv: list[str] | None) -> Config:

@@ -372,6 +372,10 @@ def test_what_the_user_staged_changed_or_set_stays(checkout, server):
     assert (now.st_mtime_ns, now.st_ino) == (before.st_mtime_ns, before.st_ino)  # never written
     modes = {checkout.git("ls-tree", commit, "train.py").split()[0] for commit in commits(checkout)}
     assert modes == {"100755"} and (checkout.root / "train.py").stat().st_mode & 0o777 == 0o755
+    (checkout.root / "program.md").write_text("Later words.\n")
+    checkout.git("add", "program.md")
+    llm(checkout, server, scored(1.2), experiments=1)
+    assert checkout.git("show", ":program.md") == "Later words."  # a discard has them too
 
 
 @pytest.mark.parametrize("how", ["set by .gitattributes", "committed"])
@@ -490,17 +494,17 @@ def age(checkout, id, hours):
     checkout.git("update-ref", "refs/heads/autoresearch/t", new)
 
 
-def test_the_best_runs_again_after_two_hours_and_the_branch_goes_back_where_it_disappoints(checkout, server, capsys):
+def test_the_best_runs_again_after_a_while_and_the_branch_goes_back_where_it_disappoints(checkout, server, capsys):
     llm(checkout, server, scored(seeds(s0=1.045)), scored(seeds(s42=1.04, s43=1.06)), tag="t")
-    age(checkout, "0003", 1.9)
+    age(checkout, "0003", 0.1)
     llm(checkout, server, scored(1.3), experiments=1)
-    age(checkout, "0003", 2.1)
+    age(checkout, "0003", 0.2)
     assert head(checkout) == commits(checkout)[2]
     capsys.readouterr()
     llm(checkout, server, scored(1.046), experiments=1)
     found = facts(checkout, "status", "seed", "val_bpb")[3:]
     assert found == ["discard 42 1.300000", "verify 43 1.060000", "discard 42 1.046000"]  # 1.05 on average
-    assert checkout.rows()[4]["description"] == "repeat of 0003 (2.1 h after it ran)"
+    assert checkout.rows()[4]["description"] == "repeat of 0003 (0.2 h after it ran)"
     keep = commits(checkout)[1]
     assert head(checkout, f"{commits(checkout)[5]}^") == keep == head(checkout)
     assert "BPB = {0: 1.045}" in checkout.text() and clean(checkout)

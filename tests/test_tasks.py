@@ -107,8 +107,9 @@ def test_where_higher_is_better_a_noisy_gain_is_doubted_confirmed_and_drawn(tmp_
     crash = rewrite(SOLVE.splitlines()[0], "    raise RuntimeError('no step')", description="crash")
     seen, saved = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda it, path: (seen.append(it.axes[0].get_ylim()), saved(it, path)))
-    llm(checkout, server, learns, looks_around, opposite, square, crash, time_budget=0.3, tag="t", pictures=True)
-    assert checkout.session(experiments=1, time_budget=0.3, tag="t") == 0  # goes on, with the search
+    how = {"tag": "t", "time_budget": 0.3, "startup_s": 60.0, "pictures": True}
+    llm(checkout, server, learns, looks_around, opposite, square, crash, **how)
+    assert checkout.session(experiments=1, **how) == 0  # goes on, with the search
     found = [f"{row['status']} {row['accuracy'][:4]} {row['description']}" for row in checkout.rows()]
     assert found[:2] == ["keep 0.10 baseline", "maybe 0.20 learns (too good to believe at once)"]
     assert found[2] == "verify 0.10 repeat of 0001 (to judge 0002 by)"
@@ -120,7 +121,7 @@ def test_where_higher_is_better_a_noisy_gain_is_doubted_confirmed_and_drawn(tmp_
     report = (checkout.root / "runs" / "t" / "report.md").read_text()
     assert re.search(r"\| tiny \| 5 \| 1 \| 1 \| 0\.2\d+ \| 0\.1\d+ \|", report) and "| search | 1 | 0 |" in report
     assert (checkout.root / "runs" / "t" / "progress.png").read_bytes().startswith(b"\x89PNG")
-    assert seen and all(0 < low < 0.1 and high > 0.2 for low, high in seen)  # cut off is what is far worse
+    assert seen and all(0 < low < 0.1 and high > 0.2 for low, high in seen)  # nothing that is better is cut off
 
 
 def test_a_task_in_a_folder_of_any_repository_has_rows_tag_and_data_of_its_own(checkout):

@@ -76,7 +76,7 @@ class Data:
 def load() -> Data:
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(int(os.environ.get("AUTORESEARCH_SEED", "42")))
-    torch.set_num_threads(1)  # of each core's thread; two that share an operator wait for each other on a busy machine
+    torch.set_num_threads(1)  # within each core's thread: two on one operator wait for each other on a busy machine
     return Data()
 
 
