@@ -60,7 +60,7 @@ VERIFY_SEEDS, VERIFY_HOURS = (101, 102, 103), 4.0  # used by nothing else; sessi
 REPEAT_S, REPEAT_RUNS = 600.0, 24  # after this long, and so many budgets (of 300 s: two hours), the best runs again
 LATE_S, KILL_S = 5.0, 10.0  # added to a share of the budget: a checkpoint is late, a run is killed
 POLL_S, LOOK_S, WAIT_S = 0.1, 1.0, 5.0  # between two looks: for an end, at what a run uses, at a busy machine
-GIT_S, FIRST_S = 60.0, 600.0  # that a git command may take, also with a remote; the first fetch
+GIT_S, FIRST_S = 60.0, 600.0  # that a git command may take that speaks to a remote; the first fetch
 PEERS, CLAIMS = "refs/autoresearch-peers", "autoresearch-claims"  # here a remote's refs; there, in refs/, what runs
 LOG_BYTES, TMP_BYTES, PROCESSES = 4 * 2**20, 2**30, 1000  # that a run may print, write to /tmp and /dev/shm, start
 FREE_BYTES, FREE_FILES, FREE_SHARE = 2**30, 10_000, 0.03  # of the disk, of memory: a run that leaves less is killed
@@ -78,6 +78,7 @@ NO_SERVER = (ValueError, AttributeError, TypeError, ImportError, OSError)  # wha
 FILES = ("train.py", "program.md")  # what a row's commit has of its own
 GIT = "git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c core.fsync=all -c user.name=autoresearch".split()
 GIT += "-c user.email=autoresearch@localhost -c commit.gpgSign=false -c gc.auto=0 --no-optional-locks".split()
+GIT += "-c i18n.commitEncoding=UTF-8 -c i18n.logOutputEncoding=UTF-8".split()
 PUSH = "push -q --no-follow-tags --no-signed --recurse-submodules=no".split()  # what is named, and nothing with it
 PASSED_ENV = "PATH LANG LC_ALL LD_LIBRARY_PATH CC CXX OMP_NUM_THREADS CUDA_HOME CUDA_VISIBLE_DEVICES".split()
 SYSTEM = """/usr /bin /sbin /lib /lib32 /lib64 /libx32 /opt /nix/store /gnu/store /sys /run/opengl-driver
@@ -334,6 +335,7 @@ class Session:
     without: tuple[str, ...] = ()  # what of FORM the server does not take
     slowest_s: float = 0.0  # of its replies; 0: none yet
     heard: int = 0  # bytes of the reply in flight that have come
+    until: float = math.inf  # when a reply is of no use any more: then others need the machine
     tokens: int = 0  # spent
     asked: Future | None = None  # the next proposal
     planner: Session | None = None  # the same for another model, that writes the notes
@@ -382,12 +384,13 @@ class Session:
 # ---- The record: git refs are the only truth, and everything else is a view of them ----------------------------------
 
 
-def git(config: Config, *args: str, stdin="", default: str | None = None, raw=False, limit_s=GIT_S, **env: str) -> str:
+def git(config: Config, *args: str, stdin="", default: str | None = None, raw=False, limit_s=None, **env: str) -> str:
     """The output of a git command in the checkout. Raises OSError where it fails and there is no default."""
     options = {"cwd": config.root, "env": {**os.environ, "LC_ALL": "C", **env}, "capture_output": True}
     options |= {"start_new_session": True}  # without Ctrl-C, and without a terminal to ask for passwords
+    limit_s = limit_s or (GIT_S if args[0] in ("fetch", "push") else None)  # a git that is killed leaves its locks
     try:
-        done = subprocess.run([*GIT, *args], input=os.fsencode(stdin), timeout=limit_s, **options)
+        done = subprocess.run([*GIT, *args], input=stdin.encode("utf-8", "surrogateescape"), timeout=limit_s, **options)
     except subprocess.TimeoutExpired:
         raise OSError(f"git {args[0]}: no answer within {limit_s:.0f} s") from None
     if done.returncode and default is None:
@@ -395,7 +398,8 @@ def git(config: Config, *args: str, stdin="", default: str | None = None, raw=Fa
         lock = re.search(r"'([^']+\.lock)': File exists", said)
         hint = f"another git command runs here, or died. If none runs: rm {lock[1]}" if lock else ""
         raise OSError(hint or one_line(f"git {args[0]}: {said}")[:400])
-    return (default if done.returncode else os.fsdecode(done.stdout)).removesuffix("" if raw else "\n")
+    said = default if done.returncode else done.stdout.decode("utf-8", "surrogateescape")
+    return said.removesuffix("" if raw else "\n")
 
 
 @lru_cache(maxsize=1000)
@@ -408,6 +412,11 @@ def refs_of(config: Config, *places: str) -> dict[str, str]:
     """The objects that refs name, by ref; without those whose names do not fit a line."""
     listed = git(config, "for-each-ref", "--format=%(refname) %(objectname)", *places)
     return dict(re.findall(r"^(\S+) (\w+)$", listed, re.M))
+
+
+def current_branch(config: Config) -> str:
+    """The branch that is checked out; empty on a detached HEAD. Not as git shortens it, which a tag may forbid."""
+    return git(config, "symbolic-ref", "-q", "HEAD", default="").removeprefix("refs/heads/")
 
 
 def entries(config: Config, *args: str) -> dict[str, tuple[str, str]]:
@@ -458,6 +467,7 @@ def recall(s: Session) -> State:
 
 def record(s: Session, row: Row, text: str) -> None:
     """Make a row one commit under one new ref: the commit point. A full disk, or a lock, is waited for. Raises Over."""
+    ref, commit = f"refs/autoresearch/{row.tag}/{row.id}", ""
     while True:
         try:
             tree, blobs = write_tree(s.config, row.parent, (text, read_text(s.config.root / "program.md")))
@@ -467,9 +477,15 @@ def record(s: Session, row: Row, text: str) -> None:
             told = textwrap.fill(row.hypothesis, 72, break_on_hyphens=False, break_long_words=False)
             parts = row.description or "no description", told, "\n".join(lines)
             commit = git(s.config, "commit-tree", tree, "-p", row.parent, stdin="\n\n".join(filter(None, parts)))
-            git(s.config, "update-ref", f"refs/autoresearch/{row.tag}/{row.id}", commit, "")
+            git(s.config, "update-ref", ref, commit, "")
             return s.screen.say(row_line(s.task, row))
         except OSError as error:
+            with contextlib.suppress(OSError):
+                if there := git(s.config, "rev-parse", "-q", "--verify", ref, default=""):
+                    lost = f"      {row.id} is there already, perhaps by a git fetch: this run leaves no row"
+                    if recall(s).next_id == row.id:
+                        raise UserError(f"{ref} is no row: delete it (git update-ref -d {ref}), then start again")
+                    return s.screen.say(row_line(s.task, row) if there == commit else lost)
             s.screen.say(f"      cannot be written ({error}); trying again")
             s.pause(WAIT_S, "waiting: the record cannot be written")
 
@@ -478,6 +494,8 @@ def write_tree(config: Config, parent: str, texts: tuple[str, str]) -> tuple[str
     """Write the parent's tree with other FILES, where they are not empty: its name, and those of their blobs."""
     files = entries(config, "ls-tree", parent)
     for name, text in filter(lambda item: item[1], zip(FILES, texts)):
+        if files.get(name, ("",))[0] == "120000":  # a link, such as to a brief of several tasks, stays one
+            continue
         files[name] = files.get(name, ("100644",))[0], git(config, "hash-object", "-w", "--stdin", stdin=text)
     lines = "".join(f"{mode} {blob}\t{config.prefix}{name}\n" for name, (mode, blob) in files.items())
     with tempfile.TemporaryDirectory() as folder:
@@ -496,12 +514,13 @@ def settle(s: Session, state: State) -> State:
     if read_text(s.runs / "best" / "train.py") != state.text:
         strip(s.runs / "best")
         runs = (r.id for r in reversed(state.mine) if state.best and r.text == state.best.text)
-        if run := next((id for id in runs if (s.runs / id / "checkpoint.pt").exists()), ""):
+        with contextlib.suppress(OSError, StopIteration):  # there may be no run's, or no links on this disk
+            run = next(id for id in runs if (s.runs / id / "checkpoint.pt").exists())
             for path in s.task.folder.glob("*.json"):  # with what is said of the data, the model can be used anywhere
                 shutil.copyfile(path, s.runs / run / path.name)
             (s.runs / "best").symlink_to(run)
     try:
-        head = git(s.config, "symbolic-ref", "-q", "--short", "HEAD", default="no branch")
+        head = current_branch(s.config) or "no branch"
         why, views, staged = foreign(s, state)
         why = why if head == s.branch else f"the checkout is on {head}. To go on with it: git checkout {s.branch}"
         if why:
@@ -528,10 +547,12 @@ def foreign(s: Session, state: State) -> tuple[str, set[str], dict[str, tuple[st
     views = {blob for _, blob in entries(s.config, "ls-tree", state.root).values()}
     views |= {r.text for r in state.mine}
     views |= {r.brief for r in state.mine if r.status == "keep" and r.proposer != "baseline"}  # of the branch
-    here, staged = git(s.config, "hash-object", "--", "train.py", default=""), entries(s.config, "ls-files", "-s")
-    name = f"{s.config.prefix}train.py"
+    ways = ((), ("--no-filters",)) if os.path.lexists(s.config.root / "train.py") else ()  # as a blob with CRLF, too
+    here = {git(s.config, "hash-object", *way, "--", "train.py", default="") for way in ways}
+    staged, name = entries(s.config, "ls-files", "-s"), f"{s.config.prefix}train.py"
+    ours = (here & views or not ways) and {entry[1] for file, entry in staged.items() if file == "train.py"} <= views
     why = f"{name} is changed and not committed. Commit it (git commit {name} -m mine), or: git stash push {name}"
-    return "" if {here, staged.get("train.py", ("", here))[1]} - {""} <= views else why, views, staged
+    return "" if ours else why, views, staged
 
 
 def read_text(path: Path, errors: str = "surrogateescape", most: int = 2**30) -> str:
@@ -675,7 +696,8 @@ def program_key(text: str) -> str:
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(value := node.value, float):
                 node.value = f"1-{1 - value:.1e}" if 0.9 < value < 1 else f"{value:.1e}"  # a decay: what it lacks to 1
-        return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+        dumped = re.sub(r"(, )?\b\w+=\[\]", "", ast.dump(tree)).replace("(, ", "(")  # in which versions differ
+        return hashlib.sha256(dumped.encode()).hexdigest()[:16]
     return ""
 
 
@@ -704,14 +726,15 @@ def apply_set(text: str, name: str, value: str, preset: str) -> str:
     old, (start, end) = known[name].value, known[name].span
     try:
         node = ast.parse(value.strip(), mode="eval").body
-        new = ast.literal_eval(node)
-    except NO_CODE:
+        new, put = ast.literal_eval(node), ast.get_source_segment(value.strip(), node)
+        put = repr(float(new)) if type(old) is float and type(new) is int else put  # it stays one that may have parts
+    except (*NO_CODE, OverflowError):
         raise EditError(f"{value}: the value must be one plain Python literal, such as 0.05.") from None
     fits = not isinstance(old, (int, float, str)) or type(new) is type(old) or type(old) is float and type(new) is int
     if not fits or new in (math.inf, -math.inf):
         kind = {int: "a whole number", float: "a number", bool: "True or False"}.get(type(old), "of another kind")
         raise EditError(f"{value}: {name} is {kind}, {old!r}, and stays so; write it plainly, such as 65536 or 1e-3.")
-    return text[:start] + ast.get_source_segment(value.strip(), node) + text[end:]
+    return text[:start] + put + text[end:]
 
 
 def apply_block(text: str, old: str, new: str) -> str:
@@ -763,11 +786,11 @@ def apply_edits(text: str, edits: tuple[Edit, ...], preset: str) -> str:
 
 PART = r"((?:(?![ \t]*(?:<{5,9} ?SEARCH|={5,9}[ \t]*$|>{5,9} ?REPLACE)).*\n)*)"  # lines that are no marker
 BLOCK = rf"^[ \t]*<{{5,9}} ?SEARCH[ \t]*\n{PART}[ \t]*={{5,9}}[ \t]*\n{PART}[ \t]*>{{5,9}} ?REPLACE"
-EDIT = re.compile(rf"{BLOCK}|^[ \t>*`\-\d.)]*SET[ \t]+`?([A-Za-z_]\w*)`?[ \t]*(?:=|:|to\b)[ \t]*(.+?)[ \t`*]*$", re.M)
+EDIT = re.compile(rf"{BLOCK}|^[ \t>*`\-\d.)]*SET[ \t]+`?([A-Za-z_]\w*)`?[ \t]*(?:=|:|to\b)[ \t`*]*(.+?)[ \t`*]*$", re.M)
 FENCE = re.compile(r"^[ \t]*(```+|~~~+)[^\n`]*\n(.*?)^[ \t]*\1", re.M | re.S)
 # What looks like an edit, and is none of these: marks of patches and conflicts, tags, labels, SET in other dress, and a
 # constant without it
-ODD = r"```diff|[-<=>+]{3,} ?(?:search|replace|original|updated)\b|[<=>]{5,}|@@ .*@@|[-+]{3} \S|&lt;&lt;"
+ODD = r"```diff(?!\n\s*```)|[-<=>+]{3,} ?(?:search|replace|original|updated)\b|[<=>]{5,}|@@ .*@@|[-+]{3} \S|&lt;&lt;"
 ODD += r"|-.*\n\+.*[=()\[\]]|[-+] {4,}\S.*[=()\[\]]"
 ODD += r"|</?(?:search|replace|old|new|edit|tool_call|function|invoke)\w*[ =>]|\*{3} ?(?:begin|update|end)"
 ODD += r"|(?:find|replace|with|replace with|old|new|before|after):[ \t]*$|(?-i:SEARCH|REPLACE)$"
@@ -777,13 +800,16 @@ ODD += r"|[*`\-\d.) ]*(?-i:(?!EXPECTED|HYPOTHESIS|DESCRIPTION|IDEA|CONFIDENCE|RI
 ODD += r"(?:=(?!=)|[-\d.]*[ \t]*(?::|->|[\u2190\u2192])[ \t]*[-+]?['\"\d.])|(?!val_|bpb|loss)\w+[ \t]*=[ \t]*[-+\d.]+[ \t]*$"
 ODD += r"|(?:change|set|raise|lower|increase|decrease|reduce) (?-i:[A-Z][A-Z0-9_]+) from \S+ to \S"
 ODD = re.compile(rf"^[ \t>]*(?:{ODD}).*", re.M | re.I)
+# A line that says in words that a constant gets the value which it is SET to, and nothing of another constant or value
+SAID = r"(?:(?!\b(?!{0}\b|SET\b|DESCRIPTION\b)[A-Z][A-Z0-9_]+\b).)*?"  # no other one before
+SAID += r"\b{0}\b(?![^\w\n]*=[ \t`*]*(?!{1})[^ \t`*])[^A-Z#\n]*?(?<![\w.]){1}(?!\w|\.\d)[^A-Z\d\n]*"
 THOUGHT = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
 THOUGHT_END = rf"[<\[]/{THOUGHT}[>\]]"
 CHOICE = "(?:option|alternative|variant|approach|version|idea|plan|proposal|candidate|choice)"
 CHOICE = rf"^(?:[^\w\n]|\d)*(?:{CHOICE} #?([a-d1-4]|one|two)\b|(first|second) {CHOICE})"
 # What the form has no edits in: a hypothesis may say of an earlier one
 TOLD = r"\n[ \t]*\n|<<<|&lt;|</?\w|```|~~~|\n[-+=]{5}|\n-[^\n]*\n\+[^\n]*[=()\[\]]|\bSET\W+\w+[ \t]*[=:]"
-TOLD = re.compile(rf"^[^\w\n]*HYPOTHESIS\b(?:(?!{TOLD}).)*?(?=\n[^\w\n]*(?:EXPECTED|DESCRIPTION)\b)", re.M | re.S)
+TOLD = re.compile(rf"^[^\w\n]*HYPOTHESIS\b(?:(?!{TOLD}).)*?(?=\s*\n[^\w\n]*(?:EXPECTED|DESCRIPTION)\b)", re.M | re.S)
 
 
 def without_thoughts(reply: str) -> str:
@@ -819,9 +845,13 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
     for m in files:
         reply = reply.replace(m[0], "")
     found = [Edit("set", m[3], m[4]) if m[3] else Edit("block", m[1], m[2]) for m in EDIT.finditer(reply)]
-    rest, sets = TOLD.sub("", EDIT.sub("", reply)), {edit for edit in found if edit.kind == "set"}
-    fences = (m for m in FENCE.finditer(rest) if m[2].strip() and not re.search("DESCRIPTION|HYPOTHESIS", m[2]))
-    if odd := ODD.search(rest) or next(fences, None):
+    rest = TOLD.sub("", EDIT.sub("", reply))
+    sets = {(edit.old, edit.new.partition("#")[0].strip()) for edit in found if edit.kind == "set"}
+    same = [re.compile(SAID.format(name, re.escape(value))) for name, value in sets]
+    code = lambda m: re.sub(r"^[ \t]*(#.*|[\w./]*train\.py:?[ \t]*)$", "", m[2], flags=re.M).strip()  # noqa: E731
+    fences = (m for m in FENCE.finditer(rest) if code(m) and not re.search("DESCRIPTION|HYPOTHESIS", m[2]))
+    odd = (m for m in ODD.finditer(rest) if not any(one.fullmatch(m[0]) for one in same))
+    if odd := next(itertools.chain(odd, fences), None):
         left = "is left out of a reply: send all edits as SET lines or SEARCH/REPLACE blocks"
         line = re.search(r"\bSET[ \t]+[A-Z]\w*[ \t]*=[ \t]*[^\s`*]+", odd[0])
         hint = f". The whole line should be: {line[0]}" if line else ""
@@ -830,7 +860,7 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
         raise EditError("This is the form, not an edit: name a constant of train.py and a number, or copy its lines.")
     choices = re.findall(CHOICE, rest.lower(), re.M)
     several = len(set(choices)) > 1 or len(re.findall(r"^[^\w\n]*DESCRIPTION\b", rest, re.M | re.I)) > 1
-    twice = len({edit.old for edit in sets}) < len(sets)
+    twice = len({name for name, _ in sets}) < len(sets)
     if twice or len(files + found) > 1 and (several or files):
         what = "alternatives, two values for one hyperparameter, or a whole file beside other edits"
         raise EditError(f"The reply offers {what}. One experiment tries one thing: send the better one only.")
@@ -852,7 +882,8 @@ def parse_reply(reply: str) -> Row:
     edits, hypothesis = reply_edits(reply), reply_field(reply, "HYPOTHESIS")[:1000]
     sets = ", ".join(f"{edit.old} = {edit.new}" for edit in edits if edit.kind == "set")
     description = (reply_field(reply, "DESCRIPTION") or sets or hypothesis or "no description")[:80].strip()
-    expected = re.search(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?", reply_field(reply, "EXPECTED").replace("\u2212", "-"))
+    expected = reply_field(reply, "EXPECTED").replace("\u2212", "-")
+    expected = re.search(r"[-+]?\d{0,9}\.?\d{1,9}(?:e(?:-\d\d?|\+?\d))?", expected)
     idea, expected = re.search(r"\d{4}\.\d{4,5}", reply_field(reply, "IDEA")), float(expected[0]) if expected else None
     idea = f"arXiv {idea[0]}" if idea else ""
     return Row(description, hypothesis, edits, proposer="llm", expected=expected, idea=idea)
@@ -947,7 +978,7 @@ def is_share(knob: Knob) -> bool:
 def position(knob: Knob, value: float) -> float:
     """Where a value stands on the scale that the search walks on: log2 of its size, or of the odds of a share."""
     size = min(max(abs(value or (knob.high or 1) / 200), 1e-30), 1e30)
-    return math.log2(size / max(1 - size, 1e-9) if is_share(knob) else size)
+    return math.log2(size / (1 - size if size < 1 else 1 / 200) if is_share(knob) else size)
 
 
 def stepped(knob: Knob, step: float) -> float:
@@ -1370,7 +1401,7 @@ def train(s: Session, folder: Path, seed: int) -> Result:
     status, reason, handed_s, facts = attempt(s, folder / "run.log", *how, AUTORESEARCH_SEED=str(seed))
     late_s = (handed_s or 0) - 1.01 * s.task.budget_s - LATE_S
     if not status and (handed_s is None or late_s > 0):
-        late = "never asked for the training data" if handed_s is None else f"checkpoint {late_s:.0f} s late"
+        late = "never asked for the training data" if handed_s is None else f"checkpoint {late_s:.1f} s late"
         status, reason = "invalid", late
     steps, tokens, memory_mb = (number(facts, name) for name in ("steps", "tokens", "peak_vram_mb"))
     measured = {"train_s": handed_s, "memory_gb": (memory_mb or 0.0) / 1024}
@@ -1428,7 +1459,7 @@ def gpu() -> tuple[str, float, float]:
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
     command = ["nvidia-smi", "--query-gpu=name,memory.used,memory.total", "--format=csv,noheader,nounits", "-i", first]
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, LookupError):
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split(", ")
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split(", ")
         return found[0], float(found[-2]), float(found[-1])
     return "", 0.0, 0.0
 
@@ -1480,8 +1511,8 @@ def strip(folder: Path) -> None:
     """Delete what is large in a run's folder; of best/, in the run that it links to, and the link."""
     for name in ("checkpoint.pt", "run-cache", "score-cache", "work"):
         remove(folder / name)
-    if folder.is_symlink():
-        folder.unlink()
+    if folder.name == "best":  # a copy of it all may have made a folder of the link
+        remove(folder)
 
 
 # ---- The model: a future of a proposal, made in a thread of its own from a frozen state ------------------------------
@@ -1646,7 +1677,8 @@ def find_model(config: Config) -> str:
 
 def said(config: Config, error: object) -> str:
     """An error on one line, without the user's key, which some servers repeat; dummies of local ones are no secret."""
-    body = "" if " - " in str(error) else getattr(error, "body", "")  # of which not all find their way into the words
+    body = getattr(error, "body", "")  # of which not all find their way into the words
+    body = body if " - " not in str(error) else body.get("metadata") if isinstance(body, dict) else ""
     key, text = config.api_key or "", f"{error} {getattr(error, '__cause__', None) or body or ''}"
     return one_line(text.replace(key, "***") if len(key) >= 12 else text)[:300].rstrip(". ")
 
@@ -1677,7 +1709,7 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
     short = not s.tokens and 0 < 6 * (counted[0] or 0) < 4 * sizes[0] > 8000
     s.tokens += counted[2] or sum(one or size for one, size in zip(counted, sizes))
     s.slowest_s = max(s.slowest_s, time.monotonic() - began)
-    return Reply(text, choice.get("finish_reason") == "length", short)
+    return Reply(text, str(choice.get("finish_reason")).lower() in ("length", "model_length", "max_tokens"), short)
 
 
 def whole_answer(s: Session, response, limit_s: float) -> dict:
@@ -1688,7 +1720,7 @@ def whole_answer(s: Session, response, limit_s: float) -> dict:
         s.heard = len(body)
         if body[-20:].rstrip().endswith(b"[DONE]"):  # some leave the connection open
             break
-        if time.monotonic() - began > limit_s:
+        if time.monotonic() > min(began + limit_s, s.until):
             raise TimeoutError(f"no answer within {limit_s:.0f} s")
     events = [line[5:].strip() for line in body.split(b"\n") if line.startswith(b"data:")]
     if not events:
@@ -1727,20 +1759,23 @@ def patiently(s: Session, about: Callable[[], list[dict]], lessons: list[dict], 
             size, status, text = sum(len(m["content"]) for m in messages), error.status, str(error)
             refused, left = status in (400, 402, 405, 413, 415, 422), [part for part in FORM if part not in s.without]
             named = [part for part in left if re.search(FORM[part], text, re.I)]
-            if refused and any(str(part) in text for limit in s.limits[:1] for part in limit):
-                s.limits = s.limits[1:]
+            shorter = 12_000 < size < sent and halved < (3 if refused else 1 if status == 500 else 0)
+            limited = refused and any(str(part) in text for limit in s.limits[:1] for part in limit)
+            if limited and not (shorter and s.limits[0][1] <= 8_000 and re.search("context|prompt|input tok", text)):
+                s.limits, s.chars, halved, sent = s.limits[1:], before[0], 0, math.inf
             elif named and (refused or status in (500, 501)):
                 s.without = (*s.without, named[0])
-            elif 12_000 < size < sent and halved < (3 if refused else 1 if status == 500 else 0):
+            elif shorter:
                 halved, s.chars, sent = halved + 1, size // 2, size  # too long, perhaps, whatever its words
             elif left and refused:  # its form, perhaps, whatever its words
                 s.chars, s.without = before[0], (*s.without, left[0])
             else:
                 (s.chars, s.without), halved = before, 0  # no guess is left: all are undone
-                passing = status in (0, 408, 409, 425) or status >= 500 or status == 429 and "quota" not in text
+                spent = "quota" in text and not re.search("retry|try again|rate.?limit|per.minute", text, re.I)
+                passing = status in (0, 408, 409, 425) or status >= 500 or status == 429 and not spent
                 patience_s = s.config.outage_s if s.tokens or status else min(5.0, s.config.outage_s)
                 wait_s = max(wait_s, error.wait_s)
-                if not passing or time.monotonic() - since + wait_s > patience_s:
+                if not passing or time.monotonic() + wait_s > min(since + patience_s, s.until):
                     raise
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, 60.0)
@@ -1758,10 +1793,10 @@ def propose(s: Session, state: State, running: Job | None = None) -> Row:
     tried, planner = state.tried | claimed_by_others(s), s.planner or s
     old, before = read_text(path), planner.tokens
     noted = int((re.findall(r"after experiment (\d+)", old[:200]) or ["0"])[0])
-    if sum(r.number > noted for r in done) >= NOTES_ROWS:
+    if sum(r.number > noted for r in done) >= NOTES_ROWS and s.spent < (s.config.max_llm_tokens or math.inf):
         try:
             reply = patiently(planner, lambda: request(planner, state, ask=NOTES_FORMAT), [], log)
-            text = without_thoughts(reply.text).strip()
+            text = "" if reply.cut else without_thoughts(reply.text).strip()
         except NoReply as error:
             if not s.planner:
                 raise
@@ -1781,9 +1816,10 @@ def propose(s: Session, state: State, running: Job | None = None) -> Row:
 
 def converse(s: Session, about: Callable, log: Path, base: str, tried: dict[str, Row], tries: int = USELESS) -> Row:
     """Ask until a reply applies to `base` and may train; what cannot be used goes back with a lesson. Raises NoReply."""
-    lessons, spent = [], s.tokens
+    lessons, spent, cuts = [], s.tokens, 0
     for refused in range(tries):
         reply = patiently(s, about, lessons, log)
+        cuts += reply.cut
         try:
             if reply.cut:
                 raise EditError(f"The reply was cut off after {len(reply.text)} characters. Think less, write less.")
@@ -1799,7 +1835,10 @@ def converse(s: Session, about: Callable, log: Path, base: str, tried: dict[str,
                 s.screen.say(f"      {guess}. Ollama: OLLAMA_CONTEXT_LENGTH=32768")
             lesson = f"{error}\n\nNothing was run. Send the whole reply again, every edit of it, in the same form."
             lessons = [] if len(lessons) >= 6 else lessons  # three lessons that did not help: begin anew
-            lessons += [{"role": "assistant", "content": reply.text or "-"}, {"role": "user", "content": lesson}]
+            shown = without_thoughts(reply.text).strip()[: 8000 if reply.cut else MAX_TEXT] or "-"
+            lessons += [{"role": "assistant", "content": shown}, {"role": "user", "content": lesson}]
+            if cuts == 3:  # each may have taken a quarter of an hour
+                raise NoReply("three replies were cut off") from None
     raise NoReply(f"{tries} replies in a row could not be used")
 
 
@@ -1817,10 +1856,11 @@ def asking(work: Callable[[], Row]) -> Future:
     return future
 
 
-def awaited(s: Session, future: Future, what: str = "") -> Future:
-    """The same, when it is there, such as what the model has proposed. Raises Over."""
+def awaited(s: Session, future: Future, what: str = "", most_s: float = math.inf) -> Future:
+    """The same, when it is there, such as what the model has proposed, or after so long. Raises Over."""
     began = time.monotonic()
-    while not future.done():
+    s.until = began + most_s
+    while not future.done() and time.monotonic() < s.until:
         heard = f", {s.heard / 1000:.1f} kB have come" * bool(s.heard)
         s.pause(POLL_S, f"{what or f'asking {s.model}'}, {time.monotonic() - began:.0f} s{heard}")
     return future
@@ -1915,7 +1955,8 @@ def summary(s: Session, state: State) -> str:
     unsure = "Not verified on fresh seeds (--verify)." * (s.task.noise != 0) if kept else "Nothing was kept: no gain."
     lines = [f"{s.branch}: {s.task.conditions}", standing(state), state.verified()[1] or unsure, noise_line(state)]
     lines += [f"rows: results.tsv   runs/{s.config.name}/: report.md, progress.png, best/"]
-    lines += [f"to have it: git checkout YOUR-BRANCH && git merge {s.branch}, or: git log {s.branch}"] * kept
+    where = s.branch if state.tip == state.stand else state.stand[:10]  # the branch may have to wait
+    lines += [f"to have it: git checkout YOUR-BRANCH && git merge {where}, or: git log {where}"] * kept
     return "\n".join(filter(None, lines))
 
 
@@ -2055,10 +2096,8 @@ def next_job(s: Session, state: State) -> Job | None:
     """What runs next, from the record and the time that is left; None at the end of the session."""
     best, to_verify = state.best, verification(s, state)
     doubtful = next((r for r in candidates(state.search) if r.status == "maybe"), None)
-    reserved = (len(to_verify) or 2 * len(VERIFY_SEEDS)) if s.config.verify and best else 0
-    verify_s = run_s(s, state, len(s.task.judged))
-    if rows_left(s, state) <= 0 and not doubtful or s.left_s < run_s(s, state) + reserved * verify_s:
-        return to_verify[0] if to_verify and s.left_s > verify_s else None
+    if rows_left(s, state) <= 0 and not doubtful or spare_s(s, state) < 0:
+        return to_verify[0] if to_verify and s.left_s > run_s(s, state, len(s.task.judged)) else None
     if best is None:
         return Job("baseline", state.text, Row("baseline", proposer="baseline"))
     ran = {r.seed: r for r in state.mine if r.text == best.text}
@@ -2104,6 +2143,12 @@ def run_s(s: Session, state: State, splits: int = 1) -> float:
     return s.task.budget_s + 0.2 + splits * median_high(extra or [0.0])
 
 
+def spare_s(s: Session, state: State) -> float:
+    """Seconds until the last moment to begin a run that leaves the verification its time."""
+    runs = (len(verification(s, state)) or 2 * len(VERIFY_SEEDS)) if s.config.verify and state.best else 0
+    return s.left_s - run_s(s, state) - runs * run_s(s, state, len(s.task.judged))
+
+
 def for_search(s: Session, state: State, ahead: int = 0) -> bool:
     """Whether the search is to propose, now or so many experiments ahead."""
     odd = (len(candidates(state.search)) + ahead) % 2 > 0
@@ -2115,35 +2160,36 @@ def candidate(s: Session, state: State) -> Job | None:
 
     None where it had to be waited for, as the refs may have moved meanwhile, or does not fit.
     """
-    row, instead, tried = None, "", state.tried | claimed_by_others(s)
+    row, tried = None, state.tried | claimed_by_others(s)
+    by_search = partial(search_proposal, state.text, f"{s.config.tag}/{state.next_id}", tried, s.task, state.history)
     for r in state.offers[0] if state.mine[-1].proposer != "peer" else ():  # they take turns with what is our own
         with contextlib.suppress(EditError):  # then its row is not for us
             text = file_at(s.config, r.commit)
             guard(text, state.text, {}, s.task, s.config.guard)
             return Job("candidate", text, Row(r.description, r.hypothesis, proposer="peer", peer=f"{r.tag}/{r.id}"))
-    if not for_search(s, state):
+    if for_search(s, state):
+        with contextlib.suppress(*[UserError] * (s.config.proposer == "mix")):  # then it is the model's turn
+            row = by_search()
+    if not row:
         if not (s.asked and s.asked.done()):
-            s.asked = awaited(s, s.asked or asking(lambda: propose(s, state)))
+            s.asked = awaited(s, s.asked or asking(lambda: propose(s, state)), most_s=spare_s(s, state))
             return None
         asked, s.asked = s.asked, None
         try:
             row = asked.result()
         except NoReply as error:
-            instead = str(error)
             s.screen.say(f"      no proposal from {s.model} ({error}); the search makes this one")
-    try:
-        key = f"{s.config.tag}/{state.next_id}"
-        row = row or replace(search_proposal(state.text, key, tried, s.task, state.history), instead=instead)
-    except UserError as nothing:
-        if not instead:
-            raise
-        return s.pause(60.0, f"waiting for the model: {nothing}")
+            try:
+                row = replace(by_search(), instead=str(error))
+            except UserError as nothing:
+                return s.pause(min(60.0, max(0.0, spare_s(s, state))), f"waiting for the model: {nothing}")
     try:
         if row.parent not in ("", state.stand) and any(edit.kind == "file" for edit in row.edits):
             raise EditError("it is a whole file, made from an earlier best")
         text = apply_edits(state.text, row.edits, s.task.preset)
         guard(text, state.text, tried, s.task, s.config.guard)
-        claim(s, text)
+        if s.config.share:
+            awaited(s, asking(lambda: claim(s, text)), "claiming it").result()
         return Job("candidate", text, row)
     except EditError as error:
         return s.screen.say(f"      dropped before training: {row.description}: {one_line(str(error))[:140]}")
@@ -2194,7 +2240,7 @@ def run(s: Session, state: State, job: Job) -> tuple[Job, Result]:
 def repaired(s: Session, state: State, job: Job, result: Result) -> Job | None:
     """A mended form of what crashed, by the model that made it; None where it finds none. Raises Over."""
     folder, row = s.runs / state.next_id, job.row
-    hopeless = s.left_s < run_s(s, state) or result.reason.startswith("timeout")  # what hangs would keep us for hours
+    hopeless = spare_s(s, state) < 0 or result.reason.startswith("timeout")  # what hangs would keep us for hours
     if row.proposer != "llm" or job.kind != "candidate" or hopeless:
         return None
     s.screen.say(f"      {folder.name} crashed ({result.reason}); asking for a repair")
@@ -2204,7 +2250,10 @@ def repaired(s: Session, state: State, job: Job, result: Result) -> Job | None:
     ask += f"same form, with edits of this failing train.py:\n\n```python\n{job.text}```"
     about, kept = partial(request, s, state, ask=ask), folder / "llm.md"
     try:
-        found = awaited(s, asking(lambda: converse(s, about, kept, job.text, state.tried))).result()
+        asked = awaited(s, asking(lambda: converse(s, about, kept, job.text, state.tried)), most_s=spare_s(s, state))
+        if not asked.done():
+            raise NoReply("no time is left for one")
+        found = asked.result()
     except NoReply as error:
         return s.screen.say(f"      no repair from {s.model} ({error})")
     tokens = (found.llm_tokens or 0) + (row.llm_tokens or 0)
@@ -2253,7 +2302,7 @@ def open_checkout(config: Config) -> Config:
     except OSError as error:
         start = "git init && git add -A && git commit -m start"
         raise UserError(f"{config.root} is not committed ({error}). In a new folder: {start}") from None
-    head = git(config, "symbolic-ref", "-q", "--short", "HEAD", default="")
+    head = current_branch(config)
     current = head.removeprefix("autoresearch/")
     today = re.sub(r"\W+", "-", f"{Path(prefix).name}-{datetime.now():%b%d}".lower()).strip("-")
     tag = config.tag or (current.removesuffix(f"-{config.agent}" * bool(config.agent)) if current != head else today)
@@ -2266,7 +2315,7 @@ def open_checkout(config: Config) -> Config:
 def read_task(config: Config) -> Task | None:
     """The task that prepare.py made last, on this machine's hardware; None where there is none. Raises UserError."""
     folder, maker = config.cache / (read_text(config.cache / "current").strip() or "none"), config.root / "prepare.py"
-    meta, own = read_facts(folder / "meta.json"), config.cache.is_relative_to(config.root)
+    meta, own = read_facts(folder / "meta.json"), config.cache == config.root / "runs" / "data"
     stale = own and meta and maker.stat().st_mtime > (folder / "meta.json").stat().st_mtime  # what it makes may differ
     if stale or not meta or meta.get("format", META_FORMAT) != META_FORMAT:
         return None
@@ -2283,7 +2332,8 @@ def read_task(config: Config) -> Task | None:
     device = meta.get("device") == "cuda" and gpu()[0] or f"{cpu[0]} x {cores}"
     better = f"{task.metric} ({'lower' if task.lower_is_better else 'higher'} is better), preset {task.preset}"
     data = f"data {meta.get('dataset', '-')} {task.fingerprint[:12]}"
-    return replace(task, conditions=f"{better}, {data}, {task.budget_s:g} s of training, {device}")
+    parts = better, data, f"{task.budget_s:g} s of training", device.replace(", ", " ")  # as a trailer holds them
+    return replace(task, conditions=one_line(", ".join(parts)))
 
 
 def opened(config: Config) -> Session:
@@ -2298,6 +2348,8 @@ def opened(config: Config) -> Session:
             if not (task := read_task(config)):
                 env = {**os.environ, "AUTORESEARCH_CACHE": str(config.cache)}
                 subprocess.run([sys.executable, str(config.root / "prepare.py")], cwd=config.root, env=env)
+        if STOP.is_set():
+            raise KeyboardInterrupt
         if not (task := task or read_task(config)):
             raise UserError(f"the data could not be prepared: see above, then try: python {config.root / 'prepare.py'}")
     if config.verify and not task.noise:
@@ -2313,7 +2365,7 @@ def opened(config: Config) -> Session:
 def may_begin(s: Session, state: State, exists: str) -> None:
     """Raise UserError where the branch, the record or the machine are not such that a session can begin."""
     other, last = "--tag NAME", state.mine[-1:]
-    resumed = git(s.config, "symbolic-ref", "-q", "--short", "HEAD", default="") == s.branch
+    resumed = current_branch(s.config) == s.branch
     if exists and not resumed and (last or exists != git(s.config, "rev-parse", "HEAD")):
         raise UserError(f"{s.branch} exists. To go on with it: git checkout {s.branch}. To begin another: {other}")
     ids = git(s.config, "for-each-ref", "--format=%(refname:lstrip=3)", f"refs/autoresearch/{s.config.tag}/").split()
@@ -2370,9 +2422,11 @@ def begin(s: Session) -> None:
             except NoReply as error:
                 raise UserError(f"{s.config.base_url}, model {s.model}: {error}. {WAYS_ON}") from None
     s.gpu_mb = gpu()[1]  # with a local model loaded
+    here = git(s.config, "rev-parse", "HEAD")  # elsewhere by now, perhaps, than at the start
     if not exists:
-        git(s.config, "update-ref", branch, state.tip, "")
-    git(s.config, "symbolic-ref", "HEAD", branch)
+        git(s.config, "update-ref", branch, here, "")
+    if exists in ("", here):
+        git(s.config, "symbolic-ref", "HEAD", branch)
     who, on = (s.model or "search") + ", one ahead" * s.elsewhere, f" after {len(state.mine)} rows"
     s.screen.say(f"{s.branch}: {s.task.conditions}; proposals by {who}{on * bool(state.mine)}")
 
@@ -2408,10 +2462,13 @@ def finish(s: Session) -> None:
     try:
         if s.config.share and s.stood and not s.away:
             s.claimed.clear()  # what was under way is free again
-            exchange(s)
+            began, last = time.monotonic(), asking(lambda: exchange(s))
+            while not last.done() and (not STOP.is_set() or time.monotonic() - began < 20):
+                time.sleep(POLL_S)
         state = recall(s)
         if made := sum(r.session == s.began for r in state.mine):  # else there is nothing new to say
             settle(s, state)
+            state = recall(s)  # where the branch stands now
             spent = f", {s.tokens:,} tokens of {s.model}" * bool(s.tokens)
             spent += f", {s.planner.tokens:,} of {s.planner.model}" if s.planner else ""
             s.screen.say(f"{made} row{'s' * (made > 1)} in this session{spent}. {summary(s, state)}")

@@ -129,8 +129,10 @@ RATE_SET, STEP_SET = TEXT.replace("RATE = 1.0 ", "RATE = 2.0 "), TEXT.replace("s
 LINE = 'NOTE = "plain"  # no number'
 UNDERSTOOD = [
     *((line, RATE_SET) for line in ("1. SET RATE = 2.0", "SET RATE: 2.0", "2) `SET RATE = 2.0`", "**SET RATE = 2.0**")),
+    *((line, RATE_SET) for line in ("SET `RATE` = `2.0`", "SET RATE = **2.0**", "SET RATE = 2")),
     ("SET RATE = 2_0e-1", RATE_SET.replace("2.0 ", "2_0e-1 ")),
     *((dress.format(STEP), STEP_SET) for dress in ("{}", "train.py\n{}", "```\n{}\n```", "```python:x.py\n{}\n```")),
+    *((f"```{first}\n{STEP}\n```", STEP_SET) for first in ("diff", "python\n# more", "\nsrc/train.py", "\ntrain.py:")),
     *((f"```{more}\n{TEXT}#\n```", TEXT + "#\n") for more in ("", "python", " python train.py", "python:train.py")),
     *((f"{fence}\n{TEXT}#\n{fence}", TEXT + "#\n") for fence in ("````", "~~~")),
     (block(LINE, "PACE = 3  # y") + "\nSET PACE = 4", TEXT.replace(LINE, "PACE = 4  # y")),
@@ -186,6 +188,7 @@ def test_an_edit_in_another_form_is_understood_or_goes_back_whole(form):
 PROSE = ["TOTAL_BATCH 2048 to 1024 gives more.", "RMS 1.0 scale", "MLP 4x is wide", "* RATE 0.03 was worse"]
 PROSE += ["1. Plan A is too costly.\n2. Plan B is good.", "-    steps rise", "with", "Description of change: more"]
 PROSE += ["RISK: 0.3", "CONFIDENCE: 70%", "Raising RATE from 1.0 to 2.0 gives faster progress."]
+PROSE += ["- `RATE`: 1.0 \u2192 2.0", "Also SET RATE = 2.0 as said", "RATE = 2.0"]  # the same edit, in words
 PROSE += ["Best so far:\nval_bpb = 0.9812", "- costs memory\n+ faster", "SET RATE = 2.0"]  # the last: again the same
 
 
@@ -193,8 +196,26 @@ PROSE += ["Best so far:\nval_bpb = 0.9812", "- costs memory\n+ faster", "SET RAT
 def test_prose_that_looks_like_an_edit_is_none(line):
     assert edited(f"SET RATE = 2.0\n{line}\n") == RATE_SET
     wrapped = f"HYPOTHESIS: after\nDECAY = 0.3 and\nset too low, Change DECAY from 0.2 to 0.3\nit is\n- {line}\nDESCRIPTION: d\n"
-    if not line.startswith("SET"):  # which ends what is told
+    if "SET" not in line:  # which ends what is told
         assert agent.parse_reply(f"{wrapped}SET RATE = 2.0").edits == (RATE_2,)
+
+
+@pytest.mark.parametrize("told", [": SET RATE = 2.0", ":\nRATE 1.0 -> 2.0", "\nRaise RATE from 1.0 to 2.0"])
+def test_a_description_may_say_the_edit_in_words_but_no_other(told):
+    begun = f"HYPOTHESIS: it is\nRATE = 1.0\n\nEXPECTED: -1\n## DESCRIPTION{told}\nSET RATE = "
+    assert agent.parse_reply(f"{begun}2.0  # twice").edits[0][:2] == RATE_2[:2]
+    with pytest.raises(agent.EditError):
+        agent.parse_reply(f"{begun}3.0")
+
+
+MORE = ["DECAY = 0.3  # goes with RATE 2.0", "- DECAY: 0.2 -> 0.3 (RATE is 2.0)", "RATE = 2.0, DECAY = 0.5"]
+MORE += ["Also SET RATE = 2.0 and SET DECAY = 0.3", "RATE: 2.0 -> 3.0", "RATE = 3.0  # not 2.0"]
+MORE += ["-    x = RATE * 2.0\n+    x = RATE * f(t)"]
+
+
+@pytest.mark.parametrize("line", MORE)
+def test_what_names_the_edit_and_changes_more_goes_back(line):
+    assert "This is no edit" in problem(f"SET RATE = 2.0\n{line}\n")
 
 
 HARD = ["small letters", "dashes and plusses", "HTML", "a unified diff", "a tool", "SET after '**SET** '", "bare"]
@@ -265,7 +286,7 @@ def test_the_same_key_gives_the_same_step_in_every_version():
 
 
 BOUNDS = {"0.999": (0.9, 0.9999), "1e-10": (1e-12, 1e-6), "0.0": (0, 0.1), "1": (1, 3), "0.95": (0.9, 0.99)}
-BOUNDS |= {"-0.5": (-1, 0), "2": (1, 4), "1.0": (0.01, 100)}
+BOUNDS |= {"-0.5": (-1, 0), "2": (1, 4), "1.0": (0.01, 100), "1.00": (0, 1)}
 
 
 @pytest.mark.parametrize("old", BOUNDS)

@@ -5,7 +5,6 @@ Sessions on the torch-free task; where a signal or a kill is the point, agent.py
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -84,16 +83,21 @@ def stop_and_go_on(checkout, process, numbers, rows):
 
 
 @pytest.mark.parametrize("phase, numbers", [
-    slow("starting", [signal.SIGINT]), ("training", [signal.SIGTERM]), ("training", [signal.SIGINT] * 2),
-    ("scoring", [signal.SIGINT]),
+    slow("starting", [signal.SIGINT]), ("training", [signal.SIGTERM]), ("scoring", [signal.SIGINT]),
 ])  # fmt: skip
 def test_a_signal_ends_a_run_and_the_same_command_goes_on(checkout, tmp_path, phase, numbers):
-    """Exit 130 and nothing left alive, while a hangup changes nothing; a second signal ends at once."""
+    """Exit 130 and nothing left alive, while a hangup changes nothing."""
     hold(checkout, tmp_path / "flag", phase)
     process = checkout.started("--proposer", "search")
     wait_for(lambda: is_held(checkout, phase), phase)
     (tmp_path / "flag").unlink()
     stop_and_go_on(checkout, process, numbers, rows=1)
+
+
+def test_a_second_signal_ends_at_once():
+    code = "import agent; agent.stop(); print('going on', flush=True); agent.stop(); print('still here')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stdout == "going on\n"
 
 
 def test_a_signal_ends_the_wait_for_the_model(checkout, server):
@@ -133,18 +137,21 @@ def test_nobody_who_reads_the_output_is_no_reason_to_end(checkout):
 # The machine
 
 
-def fill(path, size):
-    """Take room from the disk; gives it back after a second."""
-    with open(path, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
-    threading.Timer(1.0, path.unlink).start()
+def when_said(checkout, words, then):
+    """Do something once the session has said so."""
+    log = lambda: "".join(path.read_text() for path in checkout.root.glob("runs/*/session.log"))  # noqa: E731
+    threading.Thread(target=lambda: (wait_for(lambda: words in log(), words), then()), daemon=True).start()
 
 
-def test_a_nearly_full_disk_is_waited_for(checkout, server, tmp_path, monkeypatch, capsys):
+def test_a_nearly_full_disk_is_waited_for(checkout, server, monkeypatch, capsys):
     monkeypatch.setattr(agent, "WAIT_S", 0.2)
-    monkeypatch.setattr(agent, "FREE_BYTES", shutil.disk_usage(checkout.root).free - 3 * 2**29)
-    filling = lambda body: fill(tmp_path / "filler", 2**30) or rate(2.0)  # noqa: E731
-    assert llm(checkout, server, rate(1.5), filling) == 0
+
+    def filled(body, enough=agent.FREE_BYTES):
+        monkeypatch.setattr(agent, "FREE_BYTES", 2**60)
+        when_said(checkout, "waiting: the disk", lambda: monkeypatch.setattr(agent, "FREE_BYTES", enough))
+        return rate(2.0)
+
+    assert llm(checkout, server, rate(1.5), filled) == 0
     assert "waiting: " in capsys.readouterr().out and len(is_whole(checkout)) == 3
 
 
@@ -281,7 +288,7 @@ def test_what_nobody_expected_is_gone_on_from(checkout, server, monkeypatch, cap
     def folder(body):
         results.unlink()
         results.mkdir()
-        threading.Timer(1.0, results.rmdir).start()
+        when_said(checkout, "trying again", results.rmdir)
         return rate(1.5)
 
     gone = f"import os, shutil; os.path.exists({str(flag)!r}) or (open({str(flag)!r}, 'w'), shutil.rmtree('../../..'))"

@@ -378,17 +378,66 @@ def test_what_the_user_staged_changed_or_set_stays(checkout, server):
     assert checkout.git("show", ":program.md") == "Later words."  # a discard has them too
 
 
-@pytest.mark.parametrize("how", ["set by .gitattributes", "committed"])
+@pytest.mark.parametrize("how", ["set by .gitattributes", "committed", "committed, and no longer so"])
 def test_crlf_line_ends_stay(folder, server, how):
     if how == "set by .gitattributes":
         (folder.root / ".gitattributes").write_text("train.py text eol=crlf\n")
+    elif how == "committed, and no longer so":
+        (folder.root / ".gitattributes").write_text("train.py text=auto\n")
     text = folder.text().replace("\n", "\r\n")
     (folder.root / "train.py").write_bytes(text.encode())
     commit_all(folder)
+    if how == "committed, and no longer so":
+        blob = folder.git("hash-object", "-w", "--no-filters", "train.py")
+        folder.git("update-index", "--cacheinfo", f"100644,{blob},train.py")
+        folder.git(*USER, "commit", "-qm", "with CRLF")
     llm(folder, server, scored(1.05))
     assert folder.rows()[1]["status"] == "keep" and clean(folder)
     wanted = text.replace("BPB = None", "BPB = 1.05").replace('"plain"', "'1.05'")
     assert (folder.root / "train.py").read_bytes().decode() == wanted and head(folder) == commits(folder)[1]
+
+
+def test_odd_surroundings_stop_no_session(checkout, server, monkeypatch, capsys):
+    """Blanks in what is measured on, a tag named like the branch, a brief that is a link, a disk without links."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2,  1")
+    (checkout.root / "program.md").rename(checkout.root / "brief.md")
+    (checkout.root / "program.md").symlink_to("brief.md")
+    checkout.git("add", "-A")
+    checkout.git(*USER, "commit", "-qm", "a link")
+    checkout.git("tag", "autoresearch/t")
+    monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    llm(checkout, server, scored(1.05), tag="t")
+    assert checkout.session(experiments=1) == 0 and facts(checkout, "id") == ["0001", "0002", "0003"]
+    assert facts(checkout, "proposer") == ["baseline", "llm", "search"]
+    assert "trying again" not in capsys.readouterr().out and head(checkout) in commits(checkout)[1:]
+    assert checkout.git("ls-tree", "HEAD", "program.md").startswith("120000")
+    assert checkout.git("symbolic-ref", "HEAD") == "refs/heads/autoresearch/t"
+
+
+def test_what_is_committed_while_the_first_proposal_is_asked_for_is_begun_with(checkout, server):
+    more = after(lambda: checkout.commit(checkout.text().replace("DECAY = 0.2", "DECAY = 0.3")), scored(1.05))
+    llm(checkout, server, more, tag="t")
+    assert facts(checkout, "status") == ["keep", "keep"] and clean(checkout)
+    assert "DECAY = 0.3" in checkout.text() and "BPB = 1.05" in checkout.text()
+    assert head(checkout, "main") == head(checkout, f"{commits(checkout)[0]}^")
+
+
+def test_a_row_that_another_clone_brought_meanwhile_is_not_written_over(checkout, server, capsys):
+    def fetched():
+        wait_for(lambda: list(checkout.root.glob("runs/t/0002/run.log")), "the run")
+        text = checkout.git("log", "-1", "--format=%B", "refs/autoresearch/t/0001").replace("Id: 0001", "Id: 0002")
+        commit = checkout.git(*USER, "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", text)
+        checkout.git("update-ref", "refs/autoresearch/t/0002", commit)
+
+    llm(checkout, server, scored(1.05), after(fetched, scored(1.04)), tag="t", prefetch=True, time_budget=0.3)
+    assert "0002 is there already" in capsys.readouterr().out
+    assert facts(checkout, "id", "description") == ["0001 baseline", "0002 baseline", "0003 score 1.04"]
+
+
+def test_mix_goes_on_with_the_model_where_the_search_finds_no_step(checkout, server):
+    checkout.commit(re.sub(r"\b(RATE|DECAY|ROWS|DEPTH|HEADS)( ?= ?)([\d.]+)", r"\1\2abs(\3)", checkout.text()))
+    llm(checkout, server, reply("SET NOTE = 'a'"), reply("SET NOTE = 'b'"), tag="t", proposer="mix")
+    assert facts(checkout, "proposer") == ["baseline", "llm", "llm"]
 
 
 def test_a_task_in_a_subfolder_of_a_larger_repository(tmp_path, folder, server):
@@ -551,7 +600,7 @@ def test_a_verification_that_was_cut_off_is_completed_in_pairs(checkout, server,
 def test_the_session_ends_at_its_deadline(checkout):
     began = time.monotonic()
     assert checkout.session(hours=3 / 3600) == 0
-    assert 1 < time.monotonic() - began < 20 and len(checkout.rows()) >= 2
+    assert 1 < time.monotonic() - began < 20 and checkout.rows()
 
 
 @pytest.mark.slow
@@ -621,10 +670,13 @@ def real(tmp_path_factory):
 SUMMARY = "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth"
 
 
-def test_the_real_files_train_and_score(real):
+def test_the_real_files_train_and_score(real, monkeypatch):
     checkout, tools = real
-    done = checkout.run(*"--proposer search --experiments 1 --tag short --time-budget 1".split(), PATH=tools)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for name, value in (("LATE_S", 60.0), ("KILL_S", 120.0)):  # a slow machine needs seconds for a step
+        monkeypatch.setattr(agent, name, value)
+    monkeypatch.setenv("PATH", tools)
+    how = {"experiments": 1, "tag": "short", "time_budget": 1.0, "startup_s": 0.0, "sandbox": "auto"}
+    assert checkout.session(**how) == 0
     row, found = checkout.rows()[-1], checkout.trailers("0001", "short")
     assert row["status"] == "keep" and 1 < float(row["val_bpb"]) < 12 and int(row["steps"]) > 0
     assert float(found["Tokens-M"]) > 0 and "preset cpu" in found["Conditions"]
