@@ -12,12 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads leave the cores to the tests beside them
+import psutil
+import pytest
 
-import psutil  # noqa: E402
-import pytest  # noqa: E402
-
-import agent  # noqa: E402
+import agent
 
 USER = ("-c", "user.name=u", "-c", "user.email=u@u")
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +24,8 @@ TOY = ROOT / "tests" / "toy"
 
 class Checkout:
     """A git repository with agent.py in it, and ways to use it as a user would."""
+
+    pictures = True
 
     def __init__(self, root, cache):
         self.root, self.cache = root, cache
@@ -42,7 +42,10 @@ class Checkout:
         return agent.session(self.config(**more))
 
     def command(self, *args):
-        return [sys.executable, str(self.root / "agent.py"), "--time-budget", "0.03", *args]
+        """agent.py's command line; without `pictures` it draws none."""
+        quick = f"import sys; sys.path.insert(0, {str(self.root)!r}); import agent; agent.draw = lambda *_: None"
+        start = [str(self.root / "agent.py")] if self.pictures else ["-Bc", f"{quick}; sys.exit(agent.main())"]
+        return [sys.executable, *start, "--time-budget", "0.03", *args]
 
     def env(self, **more):
         clean = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
@@ -92,6 +95,11 @@ class Checkout:
 
     def text(self, name="train.py"):
         return (self.root / name).read_text()
+
+
+def pytest_configure():
+    """Two tests run at once: runs take one core each; and a picture, which takes a second, is drawn where it is tested."""
+    os.environ["OMP_NUM_THREADS"], Checkout.pictures = "1", False
 
 
 def make_checkout(folder, cache, source=TOY):

@@ -343,6 +343,7 @@ def test_a_killed_preparation_is_done_again_and_by_two_at_once_only_once(cache, 
         time.sleep(0.001)
     process.kill()
     process.communicate()
+    assert list(cache.glob(f"texts-*/{reached}"))
     assert not (cache / "current").exists() and not list(cache.glob("*/meta.json"))
     both = [start(cache, "--dataset", texts_folder) for _ in range(2)]
     outputs = [process.communicate() for process in both]

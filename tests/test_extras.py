@@ -60,7 +60,7 @@ def test_papers_are_shown_five_at_a_time_and_the_idea_names_its_own(checkout, se
     assert "| arXiv 2505.00003 | 1 |" in checkout.text("runs/t/report.md")
 
 
-ODD = {"empty": [], "busy": (429, "slow down"), "broken": (500, "oops"), "a page": "<html>", "another": '{"error": 1}'}
+ODD = {"empty": [], "broken": (500, "oops"), "a page": "<html>", "another": '{"error": 1}'}
 ODD |= {"huge": "[" + " " * 5_000_000 + "]", "no fields": [{"title": "1"}], "deep": "[" * 100_000}
 
 
@@ -83,22 +83,26 @@ def test_without_a_network_the_role_goes_on(checkout, server, monkeypatch, capsy
 NOTES = "## Works\nnothing\n## Ideas\nmore rate"
 
 
-def test_a_planner_writes_the_notes_and_its_tokens_are_counted_apart(checkout, server, capsys):
+IDEAS = [reply(f"SET RATE = 0.{n}") for n in range(10, 15)]
+
+
+def test_a_planner_writes_the_notes_and_its_tokens_are_counted_apart(checkout, server, monkeypatch, capsys):
+    monkeypatch.setattr(agent, "NOTES_ROWS", 3)
     other = Server()
     other.script += [NOTES, NOTES]
-    ideas = [reply(f"SET RATE = 0.{n}") for n in range(10, 22)]
-    llm(checkout, server, *ideas, planner="sage", planner_url=other.url, planner_key="k" * 20)
-    assert [body["model"] for body in other.requests] == ["sage"] and len(server.requests) == 12
+    llm(checkout, server, *IDEAS, planner="sage", planner_url=other.url, planner_key="k" * 20)
+    assert [body["model"] for body in other.requests] == ["sage"] and len(server.requests) == 5
     assert "Write the notes" in other.asked(0) and other.heard[0][1]["authorization"] == "Bearer " + "k" * 20
-    assert "more rate" in server.asked(11) and "Written by sage" in checkout.text("runs/t/notes.md")
-    assert checkout.trailers("0012")["Planner-Tokens"] == "100" and checkout.trailers("0012")["Llm-Tokens"] == "100"
-    assert "1,200 tokens of tiny, 100 of sage" in capsys.readouterr().out
+    assert "more rate" not in server.asked(2) and "more rate" in server.asked(4)
+    assert "Written by sage" in checkout.text("runs/t/notes.md")
+    assert checkout.trailers("0005")["Planner-Tokens"] == "100" and checkout.trailers("0005")["Llm-Tokens"] == "100"
+    assert "500 tokens of tiny, 100 of sage" in capsys.readouterr().out
     assert "took a planner 100 tokens" in checkout.text("runs/t/report.md")
 
 
-def test_without_its_planner_the_worker_goes_on(checkout, server, capsys):
-    ideas = [reply(f"SET RATE = 0.{n}") for n in range(10, 22)]
-    llm(checkout, server, *ideas, planner="sage", planner_url="http://127.0.0.1:9/v1")
+def test_without_its_planner_the_worker_goes_on(checkout, server, monkeypatch, capsys):
+    monkeypatch.setattr(agent, "NOTES_ROWS", 3)
+    llm(checkout, server, *IDEAS, planner="sage", planner_url="http://127.0.0.1:9/v1")
     assert {row["proposer"] for row in checkout.rows()} == {"baseline", "llm"}
     assert capsys.readouterr().out.count("no notes from sage") == 1
 

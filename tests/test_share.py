@@ -78,7 +78,7 @@ def scored(value, name):
 
 @pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_agents_at_once_train_nothing_twice_and_see_each_others_rows(pool, server, number):
-    rates = [f"{0.3 + i / 100:.2f}" for i in range(3 * number)]
+    rates = [f"{0.3 + i / 100:.2f}" for i in range(2 * number)]
 
     def answer(body):  # every agent has the same ideas in the same order; of those that are known, or refused, the next
         known = "".join(message["content"] for message in body["messages"])
@@ -86,18 +86,18 @@ def test_agents_at_once_train_nothing_twice_and_see_each_others_rows(pool, serve
         return reply(f"SET RATE = {rate}", description=f"RATE = {rate}")
 
     server.script += [answer] * 200
-    args = f"--share {pool.root} --tag t --confirm never --experiments 4 --time-budget 0.5 --agent".split()
+    args = f"--share {pool.root} --tag t --confirm never --experiments 3 --time-budget 0.5 --agent".split()
     names = [f"w{i}" for i in range(number)]
     for process in [pool.clone(name).started(*args, name, OPENAI_BASE_URL=server.url) for name in names]:
         assert process.wait(100) == 0
     refs = pool.refs()
-    assert len(refs) == 4 * number and not pool.refs("refs/autoresearch-claims/")  # all are settled
+    assert len(refs) == 3 * number and not pool.refs("refs/autoresearch-claims/")  # all are settled
     messages = [pool.git("log", "-1", "--format=%B", ref) for ref in refs]
     own = [m for m in messages if re.search("^Proposer: (llm|search)", m, re.M)]  # neither a baseline nor a peer's
     programs = [re.search("^Program: (.*)", m, re.M)[1] for m in own]
-    assert len(programs) == 3 * number == len(set(programs))
+    assert len(programs) == 2 * number == len(set(programs))
     pool.session("w0", experiments=1, time_budget=0.5)  # takes in what has come since
-    assert len(pool.clone("w0").rows()) == 4 * number + 1
+    assert len(pool.clone("w0").rows()) == 3 * number + 1
 
 
 def test_a_keep_of_another_is_run_here_before_it_is_ours(pool, server):
@@ -178,7 +178,7 @@ def shared(pool, name):
     return s
 
 
-@pytest.mark.parametrize("times", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_of_two_claims_in_the_same_instant_one_wins(pool, times):
     pool.session("a", experiments=1)
     sessions, gate = [shared(pool, name) for name in "bc"], threading.Barrier(2)
@@ -295,7 +295,7 @@ def test_killed_in_the_middle_of_a_push_it_goes_on_and_all_rows_arrive(pool):
     hook.unlink()
     assert pool.session("a", experiments=2) == 0
     own = {ref: commit for ref, commit in pool.clone("a").refs().items() if ref.endswith("-a")}
-    assert len(own) >= 2 and own == pool.refs()
+    assert len(own) >= 3 and own == pool.refs()
 
 
 def test_a_name_that_has_rows_elsewhere_and_a_shared_branch_without_a_remote_are_one_line(pool):
@@ -344,7 +344,7 @@ def test_worktrees_of_one_repository_share_it_by_themselves(checkout):
     checkout.session(share=str(checkout.root), agent="a", **usual)
     second.session(share=str(checkout.root), agent="b", **usual)
     assert [row["id"] for row in second.rows()] == ["0001-a", "0002-a", "0001-b", "0002-b"]
-    assert second.rows()[-1]["proposer"] in ("peer", "search") and checkout.refs() == second.refs()
+    assert checkout.refs() == second.refs()
 
 
 def test_what_others_wrote_runs_in_a_sandbox_or_by_ones_own_word(checkout, monkeypatch):
@@ -367,7 +367,8 @@ class Crew:
     def __init__(self, checkout, *args):
         pytest.importorskip("ray")
         usual = ("--workers", "2", "--proposer", "search", "--sandbox", "off", "--tag", "t", "--agent", "w")
-        command, self.checkout = checkout.command(*usual, "--confirm", "never", *args), checkout
+        self.checkout, checkout.pictures = checkout, True  # the script itself, which Ray takes to its workers
+        command = checkout.command(*usual, "--confirm", "never", *args)
         env = checkout.env(PYTHONUNBUFFERED="1") | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, cwd=checkout.root, env=env, stdout=subprocess.PIPE, text=True)
 

@@ -90,13 +90,34 @@ SOLVE = """    steps, x = 1, model[0](data.images)
     model[1].weight.data = torch.linalg.solve(x.T @ x + 100 * torch.eye(x.shape[1]), wanted).T.contiguous()"""
 
 
-def test_where_higher_is_better_a_noisy_gain_is_doubted_confirmed_and_drawn(tmp_path, folder, server, monkeypatch):
-    """Images, a fifth of them: the baseline always says 0; what learns is at once too good to be believed."""
+@pytest.fixture
+def images(tmp_path, folder, monkeypatch):
+    """A checkout of the task, with a fifth of the images; a slow machine may take seconds for a step."""
+    for name, value in (("LATE_S", 60.0), ("KILL_S", 120.0)):
+        monkeypatch.setattr(agent, name, value)
     checkout = of_task("images", tmp_path, folder)
     prepare = checkout.text("prepare.py").replace("zip((8000, 4000, 4000)", "zip((1600, 800, 800)")
     (checkout.root / "prepare.py").write_text(prepare)
-    output = "self.head(x.amax((2, 3)))"
-    checkout.commit(checkout.text().replace(output, f"{output} * 0"))
+    return checkout
+
+
+OUTPUT = "self.head(x.amax((2, 3)))"
+
+
+def test_images_are_scored_and_what_tells_them_by_their_place_is_invalid(images, server):
+    line = next(line for line in images.text().splitlines() if OUTPUT in line)
+    by_place = line.replace(OUTPUT, f"{OUTPUT} + torch.arange(len(x))[:, None] * torch.arange(10)")
+    llm(images, server, rewrite(line, by_place), tag="t", time_budget=0.3, startup_s=60.0)
+    found = [f"{row['status']} {row['description']}" for row in images.rows()]
+    assert found[0] == "keep baseline" and float(images.rows()[0]["accuracy"]) > 0.05
+    assert found[1].startswith("invalid an idea (log probabilities are not finite, or change by")
+
+
+@pytest.mark.slow
+def test_where_higher_is_better_a_noisy_gain_is_doubted_confirmed_and_drawn(images, server, monkeypatch):
+    """The baseline always says 0; what learns is at once too good to be believed."""
+    checkout = images
+    checkout.commit(checkout.text().replace(OUTPUT, f"{OUTPUT} * 0"))
     learns = rewrite("def build_model():\n    return Net()", EDGES, description="learns")
     learns += rewrite("    steps = train(data, model)", SOLVE, description="").partition("DESCRIPTION: \n")[2]
     edges = "        return (x[:, :, 1:] - x[:, :, :-1]).abs().mean(1).flatten(1)"

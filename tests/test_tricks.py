@@ -35,6 +35,7 @@ TASK = agent.Task(ROOT, "val_bpb", required=("build_model", "main", "load", "sta
 CHEATS, SECRET = ROOT / "tests" / "cheats", "a secret of the user"
 DAILY = """asks_twice canary deep_folders edit_given_file endless_facts fork_bomb ignore_signals kill_others late_checkpoint
     negative_score poison_compiled print_flood unmount bag_of_row peek_later patched_loss batch_norm""".split()
+pytestmark = pytest.mark.xdist_group("tricks")  # one process runs them in few sessions
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
 Outcome = namedtuple("Outcome", "row log changed left alive")
 
