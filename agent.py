@@ -398,8 +398,8 @@ def git(config: Config, *args: str, stdin="", default: str | None = None, raw=Fa
         lock = re.search(r"'([^']+\.lock)': File exists", said)
         hint = f"another git command runs here, or died. If none runs: rm {lock[1]}" if lock else ""
         raise OSError(hint or one_line(f"git {args[0]}: {said}")[:400])
-    said = default if done.returncode else done.stdout.decode("utf-8", "surrogateescape")
-    return said.removesuffix("" if raw else "\n")
+    output = default if done.returncode else done.stdout.decode("utf-8", "surrogateescape")
+    return output.removesuffix("" if raw else "\n")
 
 
 @lru_cache(maxsize=1000)
@@ -493,10 +493,10 @@ def record(s: Session, row: Row, text: str) -> None:
 def write_tree(config: Config, parent: str, texts: tuple[str, str]) -> tuple[str, dict[str, str]]:
     """Write the parent's tree with other FILES, where they are not empty: its name, and those of their blobs."""
     files = entries(config, "ls-tree", parent)
-    for name, text in filter(lambda item: item[1], zip(FILES, texts)):
-        if files.get(name, ("",))[0] == "120000":  # a link, such as to a brief of several tasks, stays one
-            continue
-        files[name] = files.get(name, ("100644",))[0], git(config, "hash-object", "-w", "--stdin", stdin=text)
+    for name, text in zip(FILES, texts):
+        mode = files.get(name, ("100644",))[0]
+        if text and mode != "120000":  # a link, such as to a brief of several tasks, stays one
+            files[name] = mode, git(config, "hash-object", "-w", "--stdin", stdin=text)
     lines = "".join(f"{mode} {blob}\t{config.prefix}{name}\n" for name, (mode, blob) in files.items())
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": f"{folder}/index"}
@@ -534,6 +534,7 @@ def settle(s: Session, state: State) -> State:
                 back = f"git checkout HEAD~1 -- {s.config.prefix}train.py && git commit -m back"
                 s.screen.say(f"      {s.branch} goes to the best, {state.stand[:7]}. To take a keep back: {back}")
             git(s.config, "update-ref", f"refs/heads/{s.branch}", state.stand, state.tip)
+            state = replace(state, tip=state.stand)
         s.stood = state.stand
         if stale := [name for name, entry in staged.items() if entry[1] in views and entry != target.get(name)]:
             git(s.config, "reset", "-q", "--", *stale)
@@ -547,10 +548,11 @@ def foreign(s: Session, state: State) -> tuple[str, set[str], dict[str, tuple[st
     views = {blob for _, blob in entries(s.config, "ls-tree", state.root).values()}
     views |= {r.text for r in state.mine}
     views |= {r.brief for r in state.mine if r.status == "keep" and r.proposer != "baseline"}  # of the branch
-    ways = ((), ("--no-filters",)) if os.path.lexists(s.config.root / "train.py") else ()  # as a blob with CRLF, too
-    here = {git(s.config, "hash-object", *way, "--", "train.py", default="") for way in ways}
     staged, name = entries(s.config, "ls-files", "-s"), f"{s.config.prefix}train.py"
-    ours = (here & views or not ways) and {entry[1] for file, entry in staged.items() if file == "train.py"} <= views
+    ways = ((), ("--no-filters",))  # as a blob with CRLF, too
+    here = (git(s.config, "hash-object", *way, "--", "train.py", default="") for way in ways)
+    ours = not os.path.lexists(s.config.root / "train.py") or any(blob in views for blob in here)
+    ours = ours and staged.get("train.py", ("", ""))[1] in {"", *views}
     why = f"{name} is changed and not committed. Commit it (git commit {name} -m mine), or: git stash push {name}"
     return "" if ours else why, views, staged
 
@@ -801,8 +803,8 @@ ODD += r"(?:=(?!=)|[-\d.]*[ \t]*(?::|->|[\u2190\u2192])[ \t]*[-+]?['\"\d.])|(?!v
 ODD += r"|(?:change|set|raise|lower|increase|decrease|reduce) (?-i:[A-Z][A-Z0-9_]+) from \S+ to \S"
 ODD = re.compile(rf"^[ \t>]*(?:{ODD}).*", re.M | re.I)
 # A line that says in words that a constant gets the value which it is SET to, and nothing of another constant or value
-SAID = r"(?:(?!\b(?!{0}\b|SET\b|DESCRIPTION\b)[A-Z][A-Z0-9_]+\b).)*?"  # no other one before
-SAID += r"\b{0}\b(?![^\w\n]*=[ \t`*]*(?!{1})[^ \t`*])[^A-Z#\n]*?(?<![\w.]){1}(?!\w|\.\d)[^A-Z\d\n]*"
+RETOLD = r"(?:(?!\b(?!{0}\b|SET\b|DESCRIPTION\b)[A-Z][A-Z0-9_]+\b).)*?"  # no other one before
+RETOLD += r"\b{0}\b(?![^\w\n]*=[ \t`*]*(?!{1})[^ \t`*])[^A-Z#\n]*?(?<![\w.]){1}(?!\w|\.\d)[^A-Z\d\n]*"
 THOUGHT = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
 THOUGHT_END = rf"[<\[]/{THOUGHT}[>\]]"
 CHOICE = "(?:option|alternative|variant|approach|version|idea|plan|proposal|candidate|choice)"
@@ -847,7 +849,7 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
     found = [Edit("set", m[3], m[4]) if m[3] else Edit("block", m[1], m[2]) for m in EDIT.finditer(reply)]
     rest = TOLD.sub("", EDIT.sub("", reply))
     sets = {(edit.old, edit.new.partition("#")[0].strip()) for edit in found if edit.kind == "set"}
-    same = [re.compile(SAID.format(name, re.escape(value))) for name, value in sets]
+    same = [re.compile(RETOLD.format(name, re.escape(value))) for name, value in sets]
     code = lambda m: re.sub(r"^[ \t]*(#.*|[\w./]*train\.py:?[ \t]*)$", "", m[2], flags=re.M).strip()  # noqa: E731
     fences = (m for m in FENCE.finditer(rest) if code(m) and not re.search("DESCRIPTION|HYPOTHESIS", m[2]))
     odd = (m for m in ODD.finditer(rest) if not any(one.fullmatch(m[0]) for one in same))
@@ -2168,8 +2170,11 @@ def candidate(s: Session, state: State) -> Job | None:
             guard(text, state.text, {}, s.task, s.config.guard)
             return Job("candidate", text, Row(r.description, r.hypothesis, proposer="peer", peer=f"{r.tag}/{r.id}"))
     if for_search(s, state):
-        with contextlib.suppress(*[UserError] * (s.config.proposer == "mix")):  # then it is the model's turn
+        try:
             row = by_search()
+        except UserError:
+            if s.config.proposer == "search":
+                raise  # else it is the model's turn
     if not row:
         if not (s.asked and s.asked.done()):
             s.asked = awaited(s, s.asked or asking(lambda: propose(s, state)), most_s=spare_s(s, state))
@@ -2467,8 +2472,7 @@ def finish(s: Session) -> None:
                 time.sleep(POLL_S)
         state = recall(s)
         if made := sum(r.session == s.began for r in state.mine):  # else there is nothing new to say
-            settle(s, state)
-            state = recall(s)  # where the branch stands now
+            state = settle(s, state)
             spent = f", {s.tokens:,} tokens of {s.model}" * bool(s.tokens)
             spent += f", {s.planner.tokens:,} of {s.planner.model}" if s.planner else ""
             s.screen.say(f"{made} row{'s' * (made > 1)} in this session{spent}. {summary(s, state)}")

@@ -123,6 +123,13 @@ def folder(tmp_path, monkeypatch):
     return make_checkout(tmp_path / "checkout", tmp_path / "cache")
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """Real training may be late: a slow machine takes seconds for a step."""
+    monkeypatch.setattr(agent, "LATE_S", 60.0)
+    monkeypatch.setattr(agent, "KILL_S", 120.0)
+
+
 def commit_all(checkout):
     checkout.git("init", "-q", "-b", "main")
     checkout.git("add", "-A")

@@ -599,8 +599,8 @@ def test_a_verification_that_was_cut_off_is_completed_in_pairs(checkout, server,
 
 def test_the_session_ends_at_its_deadline(checkout):
     began = time.monotonic()
-    assert checkout.session(hours=3 / 3600) == 0
-    assert 1 < time.monotonic() - began < 20 and checkout.rows()
+    assert checkout.session(hours=5 / 3600) == 0
+    assert 1 < time.monotonic() - began < 20 and len(checkout.rows()) >= 2
 
 
 @pytest.mark.slow
@@ -670,10 +670,8 @@ def real(tmp_path_factory):
 SUMMARY = "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth"
 
 
-def test_the_real_files_train_and_score(real, monkeypatch):
+def test_the_real_files_train_and_score(real, patient, monkeypatch):
     checkout, tools = real
-    for name, value in (("LATE_S", 60.0), ("KILL_S", 120.0)):  # a slow machine needs seconds for a step
-        monkeypatch.setattr(agent, name, value)
     monkeypatch.setenv("PATH", tools)
     how = {"experiments": 1, "tag": "short", "time_budget": 1.0, "startup_s": 0.0, "sandbox": "auto"}
     assert checkout.session(**how) == 0

@@ -369,7 +369,7 @@ class Crew:
         usual = ("--workers", "2", "--proposer", "search", "--sandbox", "off", "--tag", "t", "--agent", "w")
         self.checkout, checkout.pictures = checkout, True  # the script itself, which Ray takes to its workers
         command = checkout.command(*usual, "--confirm", "never", *args)
-        env = checkout.env(PYTHONUNBUFFERED="1") | {"OMP_NUM_THREADS": "1"}
+        env = checkout.env(PYTHONUNBUFFERED="1")
         self.process = subprocess.Popen(command, cwd=checkout.root, env=env, stdout=subprocess.PIPE, text=True)
 
     def rows(self, least=0):

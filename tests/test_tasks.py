@@ -91,10 +91,8 @@ SOLVE = """    steps, x = 1, model[0](data.images)
 
 
 @pytest.fixture
-def images(tmp_path, folder, monkeypatch):
-    """A checkout of the task, with a fifth of the images; a slow machine may take seconds for a step."""
-    for name, value in (("LATE_S", 60.0), ("KILL_S", 120.0)):
-        monkeypatch.setattr(agent, name, value)
+def images(tmp_path, folder, patient):
+    """A checkout of the task, with a fifth of the images."""
     checkout = of_task("images", tmp_path, folder)
     prepare = checkout.text("prepare.py").replace("zip((8000, 4000, 4000)", "zip((1600, 800, 800)")
     (checkout.root / "prepare.py").write_text(prepare)

@@ -2,7 +2,7 @@
 
 property: D
 guard: passes
-behind: invalid, training, s late
+behind: invalid, training, (checkpoint 1.
 patch: LATE_S=0.5
 """
 
