@@ -55,6 +55,12 @@ def test_a_description_has_80_characters_no_file_name_and_is_made_of_the_edits_w
     assert agent.parse_reply(f"DESCRIPTION: step 7\ntrain.py\n{STEP}").description == "step 7"
     found = agent.parse_reply("**DESCRIPTION:** more. SET RATE = 2.0\n")  # an edit on its line is one
     assert (found.description, found.edits) == ("more.", (RATE_2,))
+    for told in "another RATE = 2.0", "RATE = 2.0.\n":  # also without the word, where nothing else is said
+        found = agent.parse_reply(f"HYPOTHESIS: h\nDESCRIPTION: {told}")
+        assert (found.description, found.edits) == (told.strip(".\n"), (RATE_2,))
+    for told in "no RATE = 2.0", "RATE = 2.0, DECAY = 0.3", "use RATE = 2.0\n\n    x = f(x)":
+        with pytest.raises(agent.EditError):
+            agent.parse_reply(f"HYPOTHESIS: h\nDESCRIPTION: {told}")
     found = agent.parse_reply(f"DESCRIPTION: steps in place of SET RATE = 2.0\n{STEP}")  # beside another a mention
     assert [edit.kind for edit in found.edits] == ["block"] and found.description.endswith("RATE = 2.0")
     told = TEXT.replace("    step = 0", "    # DESCRIPTION: use SET RATE = 2.0\n    step = 0")

@@ -397,6 +397,8 @@ def test_twenty_useless_replies_hand_this_one_to_the_search_and_the_next_is_aske
     llm(checkout, server, idea(1), *["nothing"] * 20, idea(2), experiments=4, outage_s=60.0)
     assert proposers(checkout) == "baseline llm search llm" and len(server.requests) == 22
     assert checkout.trailers("0003")["Instead"] == "20 replies in a row could not be used"
+    first, second, anew = (body["messages"] for body in server.requests[1:4])  # the same again ends a conversation
+    assert len(first) == len(anew) == 2 and len(second) == 4 and first != anew  # and has another example
 
 
 def test_a_first_reply_of_no_use_to_a_request_that_was_counted_short_gets_a_guess(checkout, server, capsys):
@@ -482,6 +484,7 @@ def test_the_request_holds_the_record_failures_notes_near_misses_log_and_role_in
     parts += ["Loss by share", "> step ", "Look at the rates.", "noise of a seed", "SET "]
     places = [user.find(part) for part in parts]
     assert -1 not in places and places == sorted(places), dict(zip(parts, places))
+    assert 1 <= user.count("> step ") <= 5  # the curve tells of the others
     assert "SEARCH" in system and all(body["messages"][0]["content"] == system for body in server.requests)
     same = os.path.commonprefix([server.asked(2), server.asked(3)])
     assert "t/0003  crash" in same  # of two requests on one best, all up to the new row
