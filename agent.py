@@ -1843,9 +1843,9 @@ def converse(s: Session, about: Callable, log: Path, base: str, tried: dict[str,
                 s.screen.say(f"      {guess}. Ollama: OLLAMA_CONTEXT_LENGTH=32768")
             lesson = f"{error}\n\nNothing was run. Send a whole reply, mended, with every edit of it, in the same form."
             shown = without_thoughts(reply.text).strip()[: 8000 if reply.cut else MAX_TEXT] or "-"
-            same = bool(lessons) and not reply.cut and lessons[-2]["content"] == shown != "-"
-            lessons = [] if same or len(lessons) >= 6 else lessons  # they do not help: begin anew
-            lessons += [{"role": "assistant", "content": shown}, {"role": "user", "content": lesson}] * (not same)
+            pair = [{"role": "assistant", "content": shown}, {"role": "user", "content": lesson}]
+            again = lessons[-2:-1] == pair[:1] and shown != "-" and not reply.cut
+            lessons = [] if again else pair if len(lessons) >= 6 else lessons + pair  # what does not help is left out
             if cuts == 3:  # each may have taken a quarter of an hour
                 raise NoReply("three replies were cut off") from None
     raise NoReply(f"{tries} replies in a row could not be used")

@@ -174,7 +174,7 @@ def test_where_no_model_is_configured_both_ways_on_are_named(checkout):
     assert is_untouched(checkout)
 
 
-@pytest.mark.parametrize("args", ["--hours x", "--proposer magic", "--what"])
+@pytest.mark.parametrize("args", ["--hours x", "--proposer magic", "--confirm perhaps", "--sandbox on", "--what"])
 def test_an_unknown_option_or_value_is_argparses_own_line(checkout, args):
     done = checkout.run(*args.split())
     assert done.returncode == 2 and args.split()[0] in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

@@ -178,7 +178,7 @@ def shared(pool, name):
     return s
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_of_two_claims_in_the_same_instant_one_wins(pool, times):
     pool.session("a", experiments=1)
     sessions, gate = [shared(pool, name) for name in "bc"], threading.Barrier(2)
