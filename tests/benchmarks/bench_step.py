@@ -23,14 +23,8 @@ KINDS = {  # of what a profile names, by the beginnings of the names; the first 
     "matrix products": ("aten::mm", "aten::bmm", "aten::addmm", "aten::_scaled_mm"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash", "aten::_efficient", "aten::_cudnn"),
     "compiled kernels": ("## Call CompiledFxGraph", "triton_"),
-    "embeddings": (
-        "aten::embedding",
-        "aten::index",
-        "aten::searchsorted",
-        "aten::_embedding_bag",
-        "aten::sort",
-        "aten::scatter",
-        "aten::gather",
+    "embeddings": tuple(
+        f"aten::{name}" for name in "embedding index searchsorted _embedding_bag sort scatter gather".split()
     ),
     "AdamW": ("aten::_fused_adamw", "aten::_foreach"),
     "everything else": ("",),
