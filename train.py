@@ -59,13 +59,13 @@ CONV_TAPS = 2  # tokens before the present one that the convolution in front of 
 # AdamW: embeddings, head and scalars. The rates of the first three are for a width of 768 and grow as width ** -0.5
 EMBED_LR = 0.8  # embeddings of tokens and of values [0.05, 5]
 GUESS_LR = 0.3  # embedding of guesses [0.02, 2]
-HEAD_LR = 0.01  # output head [0.001, 0.1]
+HEAD_LR = 0.01  # output head, gates of guesses [0.001, 0.1]
 KIND_LR = 0.05  # embedding of the kinds of guesses, and what each is worth [0.005, 0.5]
 CONV_LR = 0.1  # weights of the convolutions [0.01, 1]
 RESIDUAL_LR = 0.015  # per-block scale of the residual stream [0.001, 0.1]
 MIX_LR = 0.5  # per-block share of the token embedding [0.01, 2]
 EMBED_DECAY = 0.002  # weight decay of the embeddings of tokens, guesses and values, times their rates [0, 0.05]
-HEAD_DECAY = 0.005  # weight decay of the head, times its rate [0, 0.1]
+HEAD_DECAY = 0.005  # weight decay of head and gates, times their rate [0, 0.1]
 ADAM_BETA1 = 0.8  # mean of the gradient: share kept per step [0.5, 0.95]
 ADAM_BETA2 = 0.95  # mean of its square: share kept per step [0.8, 0.999]
 SCALAR_BETA1 = 0.96  # as ADAM_BETA1, for the per-block scalars [0.5, 0.99]
@@ -81,7 +81,6 @@ MATRIX_DECAY = 0.2  # cautious weight decay, times the rate; falls to 0 over the
 # Schedule
 WARMDOWN = 0.75  # last share of the budget, in which the rates fall linearly [0, 1]
 LR_FLOOR = 0.03  # learning-rate factor at the end [0, 0.5]
-
 LOG_EVERY_S = 2.0  # time between step lines, seconds
 
 # ---- Attention kernels: q, k, v and the result are (B, H, T, D) ------------------------------------------------------
@@ -179,8 +178,8 @@ def level(count):
 class Recall(nn.Module):
     """Guesses at the next token: what followed the same tokens before, in the row and elsewhere in the training text.
 
-    A guess is a token and its kind: its source, and how often or how far back it was seen; 0 is none. What a kind is
-    worth is learned, for the guess's logit and for its embedding, an input of the blocks; each first kind's is another.
+    A guess is a token and its kind: its source, and how often or how far back it was seen; 0 is none. Learned is what a
+    kind is worth: for its logit, gated by context; for its embedding, an input of the blocks, as is each first kind's.
     """
 
     def __init__(self, pairs: int, vocab_size: int, width: int):
@@ -191,6 +190,7 @@ class Recall(nn.Module):
         kinds = KINDS * (ROW_GRAMS + len(self.orders))
         self.worth = nn.Embedding(kinds, 2, padding_idx=0)
         self.embedding, self.kind_embedding = (nn.EmbeddingBag(n, width, mode="sum") for n in (vocab_size, kinds))
+        self.gate = Linear(width, ROW_GRAMS + len(self.orders), bias=False)
 
     def context_of(self, idx, n: int):
         """The last n tokens at every position as an int32 (B, T); those of each n have a range of their own."""
@@ -311,7 +311,7 @@ class GPT(nn.Module):
     def init_weights(self):
         """Matrices have deviation width ** -0.5; what writes to the residual stream starts at 0, the head small."""
         bound = 3**0.5 * self.head.in_features**-0.5
-        for weight in self.blocks.parameters():
+        for weight in (*self.blocks.parameters(), *self.value_embeddings.parameters()):
             weight.uniform_(-bound, bound)
         for block in self.blocks:
             block.attention.out.weight.zero_()
@@ -319,11 +319,9 @@ class GPT(nn.Module):
             if block.attention.gate is not None:
                 block.attention.gate.weight.zero_()
         self.embedding.weight.normal_()
-        for embedding in self.value_embeddings.values():
-            embedding.weight.uniform_(-bound, bound)
         self.head.weight.normal_(std=0.001)
-        self.recall.embedding.weight.zero_()
-        self.recall.kind_embedding.weight.zero_()
+        for part in (self.recall.embedding, self.recall.kind_embedding, self.recall.gate):
+            part.weight.zero_()
         self.recall.worth.weight[1:] = torch.tensor([0.1, 0.0])  # input, logit; of no guess 0
 
     def hidden(self, idx, run_block=Block.forward, block_mask=None):
@@ -331,14 +329,13 @@ class GPT(nn.Module):
         fast = idx.is_cuda or idx.is_cpu and self.training and torch.cpu._is_avx512_bf16_supported()  # others emulate
         dtype = torch.bfloat16 if fast else torch.float32
         rotary = self.rotary[:, : idx.shape[1]]
-        guesses, embedded = (), self.embedding(idx)
+        embedded = self.embedding(idx)
         if self.recall.orders:
             token, kind = self.recall(idx)
             share, trust = self.recall.worth(kind).unbind(-1)
             mixed = self.recall.embedding(token.flatten(0, 1), per_sample_weights=share.flatten(0, 1))
             first = torch.cat([kind[..., :ROW_GRAMS], kind[..., ROW_GRAMS::SLOTS]], 2).flatten(0, 1)
             embedded += (mixed + self.recall.kind_embedding(first)).view_as(embedded)
-            guesses = token, trust
         embedded = norm(embedded.to(dtype))
         x = embedded.clone()  # with one tensor as both, the first block would be compiled by itself
         with sdpa_kernel(SDPA_ORDER, set_priority=True):  # within a compiled function, no cache would hold that
@@ -346,7 +343,10 @@ class GPT(nn.Module):
                 value = self.value_embeddings[str(i)](idx).to(dtype) if str(i) in self.value_embeddings else None
                 scale, mix, taps = self.residual_scale[i], self.embed_mix[i], self.conv_taps[i]
                 x = run_block(block, x, scale, embedded, mix, taps, rotary, value, block_mask)
-        return x, *guesses
+        if not self.recall.orders:
+            return (x,)
+        gate = 2 * self.recall.gate(norm(x)).float().sigmoid()  # of every source
+        return x, token, trust * gate.gather(2, kind // KINDS)
 
     def forward(self, idx):
         return logits_of(self.head, *self.hidden(idx))
@@ -441,7 +441,7 @@ def adamw(model) -> torch.optim.Optimizer:
         dict(params=embeddings, lr=EMBED_LR * scale, betas=betas, weight_decay=EMBED_DECAY),
         dict(params=[recall.embedding.weight], lr=GUESS_LR * scale, betas=betas, weight_decay=EMBED_DECAY),
         dict(params=[recall.worth.weight, recall.kind_embedding.weight], lr=KIND_LR, betas=betas, weight_decay=0.0),
-        dict(params=[model.head.weight], lr=HEAD_LR * scale, betas=betas, weight_decay=HEAD_DECAY),
+        dict(params=[model.head.weight, recall.gate.weight], lr=HEAD_LR * scale, betas=betas, weight_decay=HEAD_DECAY),
         dict(params=[model.conv_taps], lr=CONV_LR, betas=betas, weight_decay=0.0),
         dict(params=[model.residual_scale], lr=RESIDUAL_LR, betas=scalar_betas, weight_decay=0.0),
         dict(params=[model.embed_mix], lr=MIX_LR, betas=scalar_betas, weight_decay=0.0),

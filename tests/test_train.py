@@ -82,7 +82,26 @@ def test_logits_depend_on_no_other_row_and_not_on_the_length():
     model, (idx, _) = busy_model(), batch()
     remember(model.recall, idx)
     for length in (1, 5, 8, 13, SEQ_LEN):
-        torch.testing.assert_close(model(idx[2:3, :length]), model(idx)[2:3, :length], rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(idx[2:3, :length]), model(idx)[2:3, :length], rtol=3e-6, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_logit_of_a_guess_is_gated_by_the_context_for_each_source_apart():
+    model, idx = busy_model(), torch.randint(3, (4, SEQ_LEN))  # so few that every source has guesses
+    remember(model.recall, idx)
+    gates = model.recall.gate.weight
+    sources = [[source] for source in range(len(gates))]
+    kind, found = model.recall(idx)[1], model.hidden(idx)[2]
+    trust = model.recall.worth(kind)[..., 1]
+    for wanted in [[], *sources]:
+        kept = gates.clone()
+        gates[:] = 0
+        gates[wanted] = kept[wanted]
+        gated = model.hidden(idx)[2]
+        known, own = trust != 0, torch.isin(kind // train.KINDS, torch.tensor(wanted))
+        assert torch.equal(gated[known & ~own], trust[known & ~own])  # without weights a gate is 1
+        assert torch.equal(gated[own], found[own]) and (not wanted or not torch.equal(gated[own], trust[own]))
+        gates[:] = kept
 
 
 def test_a_cpu_that_multiplies_bf16_trains_with_it_and_scores_in_fp32(monkeypatch):
