@@ -137,7 +137,7 @@ Knob = namedtuple("Knob", "name value low high span")  # a hyperparameter of tra
 Noise = namedtuple("Noise", "sd repeats")  # standard deviation of one run's score over seeds; how many tell of it
 Gain = namedtuple("Gain", "mean low high")  # by how much the best is better than the baseline, and its 95 % interval
 # cut: off, by the limit of its length; short: the first request was counted as far fewer tokens than it has
-Reply = namedtuple("Reply", "text cut short")
+Reply = namedtuple("Reply", "text cut short tokens")
 # What a run gave. status: "", crash, invalid, void (the machine's fault, run again); blocks: of its score, by split;
 # measured: columns of its row
 Result = namedtuple("Result", "status reason blocks measured", defaults=("", "", {}, {}))
@@ -775,6 +775,8 @@ def apply_edits(text: str, edits: tuple[Edit, ...], preset: str) -> str:
     for number, (kind, old, new) in enumerate(edits, 1):
         name = f"SET {old}" if kind == "set" else f"edit {number} of {len(edits)}"
         try:
+            if left_out := next((m[0].strip() for m in LAZY.finditer(new) if m[0] not in text), ""):
+                raise EditError(f"{left_out!r} stands for lines that are left out. Write every line.")
             if kind == "set":
                 text = apply_set(text, old, new, preset)
             else:
@@ -794,6 +796,7 @@ FENCE = re.compile(r"^[ \t]*(```+|~~~+)[^\n`]*\n(.*?)^[ \t]*\1", re.M | re.S)
 # constant without it
 ODD = r"```diff(?!\n\s*```)|[-<=>+]{3,} ?(?:search|replace|original|updated)\b|[<=>]{5,}|@@ .*@@|[-+]{3} \S|&lt;&lt;"
 ODD += r"|-.*\n\+.*[=()\[\]]|[-+] {4,}\S.*[=()\[\]]"
+ODD += r"|\|[ \t*`]*(?-i:(?!EXPECTED|HYPOTHESIS|DESCRIPTION)[A-Z][A-Z0-9_]{2,})[ \t*`]*\|[^\n]*\d"
 ODD += r"|</?(?:search|replace|old|new|edit|tool_call|function|invoke)\w*[ =>]|\*{3} ?(?:begin|update|end)"
 ODD += r"|(?:find|replace|with|replace with|old|new|before|after):[ \t]*$|(?-i:SEARCH|REPLACE)$"
 ODD += r"|[#*]+ *(?:search|find|replace|with|old|new|before|after)[^\w\n]*$"
@@ -809,6 +812,11 @@ THOUGHT = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
 THOUGHT_END = rf"[<\[]/{THOUGHT}[>\]]"
 CHOICE = "(?:option|alternative|variant|approach|version|idea|plan|proposal|candidate|choice)"
 CHOICE = rf"^(?:[^\w\n]|\d)*(?:{CHOICE} #?([a-d1-4]|one|two)\b|(first|second) {CHOICE})"
+SECOND = r"or|alternatively|alternative|fallback|backup plan|future work|if .{0,60}\b(?:instead|diverges|fails|crashes|worse)"
+SECOND = re.compile(rf"^\W*(?:{SECOND})\b.{{0,30}}$", re.M | re.I)  # a line between edits that opens another experiment
+# A comment in the place of lines that are left out
+LAZY = r"(?:the )?(?:rest|remaining|other|existing)\b.*\b(?:code|file|unchanged|the same|as (?:it )?is)|same as before|unchanged"
+LAZY = re.compile(rf"^[ \t]*#[ \t]*(?:\W*(?:\.\.\.|\u2026).*|\W*(?:{LAZY})\W*)$", re.M | re.I)
 # What the form has no edits in: a hypothesis may say of an earlier one
 TOLD = r"\n[ \t]*\n|<<<|&lt;|</?\w|```|~~~|\n[-+=]{5}|\n-[^\n]*\n\+[^\n]*[=()\[\]]|\bSET\W+\w+[ \t]*[=:]"
 TOLD = re.compile(rf"^[^\w\n]*HYPOTHESIS\b(?:(?!{TOLD}).)*?(?=\s*\n[^\w\n]*(?:EXPECTED|DESCRIPTION)\b)", re.M | re.S)
@@ -849,7 +857,9 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
     found = [Edit("set", m[3], m[4]) if m[3] else Edit("block", m[1], m[2]) for m in EDIT.finditer(reply)]
     rest = TOLD.sub("", EDIT.sub("", reply))
     sets = {(edit.old, edit.new.partition("#")[0].strip()) for edit in found if edit.kind == "set"}
-    same = [re.compile(RETOLD.format(name, re.escape(value))) for name, value in sets]
+    blocks = "\n".join(edit.new for edit in found if edit.kind == "block")
+    told = {*sets, *re.findall(r"^([A-Z]\w*) = ([^#\s]+)[ \t]*(?:#.*)?$", blocks, re.M)}
+    same = [re.compile(RETOLD.format(name, re.escape(value))) for name, value in told]
     code = lambda m: re.sub(r"^[ \t]*(#.*|[\w./]*train\.py:?[ \t]*)$", "", m[2], flags=re.M).strip()  # noqa: E731
     fences = (m for m in FENCE.finditer(rest) if code(m) and not re.search("DESCRIPTION|HYPOTHESIS", m[2]))
     odd = (m for m in ODD.finditer(rest) if not any(one.fullmatch(m[0]) for one in same))
@@ -861,11 +871,16 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
     if any(edit.old in ("NAME", "exact lines of train.py\n") for edit in found):
         raise EditError("This is the form, not an edit: name a constant of train.py and a number, or copy its lines.")
     choices = re.findall(CHOICE, rest.lower(), re.M)
+    describes = [m.start() for m in re.finditer(r"^[^\w\n]*DESCRIPTION\b", reply, re.M | re.I)]
     several = len(set(choices)) > 1 or len(re.findall(r"^[^\w\n]*DESCRIPTION\b", rest, re.M | re.I)) > 1
+    if describes and len({m.start() < describes[0] for m in EDIT.finditer(reply)}) > 1:
+        raise EditError("Edits stand before and after DESCRIPTION: put those of this experiment after it, no others.")
     twice = len({name for name, _ in sets}) < len(sets)
     if twice or len(files + found) > 1 and (several or files):
         what = "alternatives, two values for one hyperparameter, or a whole file beside other edits"
         raise EditError(f"The reply offers {what}. One experiment tries one thing: send the better one only.")
+    if other := next(filter(None, map(SECOND.search, EDIT.split(reply)[5:-1:5])), None):
+        raise EditError(f"{other[0].strip()!r} opens another experiment: send the edits of one, without such a line.")
     if not files + found:
         form = "after the description a line that begins with SET, then a hyperparameter's name, = and its new value"
         raise EditError(f"The reply has no edit. Add one: {form}, or a SEARCH/REPLACE block.")
@@ -1715,9 +1730,11 @@ def ask_once(s: Session, messages: list[dict]) -> Reply:
     sizes = sum(len(m["content"]) for m in messages) // 4, len(text) // 4
     counted = [usage.get(f"{name}_tokens") for name in ("prompt", "completion", "total")]
     short = not s.tokens and 0 < 6 * (counted[0] or 0) < 4 * sizes[0] > 8000
-    s.tokens += counted[2] or sum(one or size for one, size in zip(counted, sizes))
+    tokens = counted[2] or sum(one or size for one, size in zip(counted, sizes))
+    s.tokens += tokens
     s.slowest_s = max(s.slowest_s, time.monotonic() - began)
-    return Reply(text, str(choice.get("finish_reason")).lower() in ("length", "model_length", "max_tokens"), short)
+    cut = str(choice.get("finish_reason")).lower() in ("length", "model_length", "max_tokens")
+    return Reply(text, cut, short, tokens)
 
 
 def whole_answer(s: Session, response, limit_s: float) -> dict:
@@ -1824,10 +1841,10 @@ def propose(s: Session, state: State, running: Job | None = None) -> Row:
 
 def converse(s: Session, about: Callable, log: Path, base: str, tried: dict[str, Row], tries: int = USELESS) -> Row:
     """Ask until a reply applies to `base` and may train; what cannot be used goes back with a lesson. Raises NoReply."""
-    lessons, spent, cuts = [], s.tokens, 0
+    lessons, spent, cuts = [], 0, 0
     for refused in range(tries):
         reply = patiently(s, about, lessons, log)
-        cuts += reply.cut
+        spent, cuts = spent + reply.tokens, cuts + reply.cut
         try:
             if reply.cut:
                 raise EditError(f"The reply was cut off after {len(reply.text)} characters. Think less, write less.")
@@ -1835,7 +1852,7 @@ def converse(s: Session, about: Callable, log: Path, base: str, tried: dict[str,
             text = apply_edits(base, row.edits, s.task.preset)
             guard(text, base, tried, s.task, s.config.guard)
             claim(s, text)
-            return replace(row, model=s.model, refused=refused or None, llm_tokens=s.tokens - spent)
+            return replace(row, model=s.model, refused=refused or None, llm_tokens=spent)
         except EditError as error:
             s.screen.say(f"      refused before training: {one_line(str(error))[:160]}")
             if reply.short:
@@ -2080,6 +2097,8 @@ def loop(s: Session) -> None:
             state = settle(s, recall(s))
             s.screen.standing = standing(state)
             if (job := next_job(s, state)) is None:
+                if not any(r.session == s.began for r in state.mine):
+                    s.screen.say("      no time is left for a run: give it more --hours")
                 return
             if job.kind == "candidate" and (job := candidate(s, state)) is None:
                 continue
@@ -2105,7 +2124,8 @@ def next_job(s: Session, state: State) -> Job | None:
     """What runs next, from the record and the time that is left; None at the end of the session."""
     best, to_verify = state.best, verification(s, state)
     doubtful = next((r for r in candidates(state.search) if r.status == "maybe"), None)
-    if rows_left(s, state) <= 0 and not doubtful or spare_s(s, state) < 0:
+    begun = any(r.seed in VERIFY_SEEDS and r.session == s.began for r in state.mine)  # a verification is not left
+    if rows_left(s, state) <= 0 and not doubtful or spare_s(s, state) < 0 or begun:
         return to_verify[0] if to_verify and s.left_s > run_s(s, state, len(s.task.judged)) else None
     if best is None:
         return Job("baseline", state.text, Row("baseline", proposer="baseline"))
@@ -2148,7 +2168,7 @@ def verification(s: Session, state: State) -> list[Job]:
 
 def run_s(s: Session, state: State, splits: int = 1) -> float:
     """Seconds that a row takes in all, as of late, 0.2 of them the loop's own; splits: that its run is scored on."""
-    extra = [r.wall_s - r.train_s for r in state.mine[-5:] if r.score is not None and r.train_s]
+    extra = [r.wall_s - r.train_s for r in state.mine if r.score is not None and r.train_s and not r.held][-5:]
     return s.task.budget_s + 0.2 + splits * median_high(extra or [0.0])
 
 
@@ -2217,7 +2237,7 @@ def ask_ahead(s: Session, state: State, job: Job) -> None:
 
 def run(s: Session, state: State, job: Job) -> tuple[Job, Result]:
     """Train and score a job; a crash goes back to the model that caused it: the last form, its result. Raises Over."""
-    folder, crashes = s.runs / state.next_id, 0
+    folder, crashes, voids = s.runs / state.next_id, 0, 0
     s.screen.label = f"{folder.name} {job.row.description}"
     remove(folder)
     folder.mkdir(parents=True)
@@ -2237,8 +2257,11 @@ def run(s: Session, state: State, job: Job) -> tuple[Job, Result]:
             if not result.status:
                 new = score(s, folder, split)
                 result = Result(new.status, new.reason, result.blocks | new.blocks, result.measured | new.measured)
+        if result.status == "void" and voids == 4 and job.kind == "candidate":  # perhaps it is what stops the machine
+            return job, result._replace(status="crash", measured=result.measured | {"wall_s": time.monotonic() - began})
         if result.status == "void":
-            s.screen.say(f"      {folder.name} does not count ({result.reason}); it is run again")
+            voids += 1
+            s.screen.say(f"      {folder.name} does not count ({result.reason}); it is run again ({voids})")
             if s.left_s < run_s(s, state):
                 raise Over("no time is left to run it again")
         elif result.status != "crash" or crashes == REPAIR_TRIES or not (mended := repaired(s, state, job, result)):
@@ -2252,7 +2275,7 @@ def run(s: Session, state: State, job: Job) -> tuple[Job, Result]:
 def repaired(s: Session, state: State, job: Job, result: Result) -> Job | None:
     """A mended form of what crashed, by the model that made it; None where it finds none. Raises Over."""
     folder, row = s.runs / state.next_id, job.row
-    hopeless = spare_s(s, state) < 0 or result.reason.startswith("timeout")  # what hangs would keep us for hours
+    hopeless = spare_s(s, state) < 0 or "timeout after" in result.reason  # what hangs would keep us for hours
     if row.proposer != "llm" or job.kind != "candidate" or hopeless:
         return None
     s.screen.say(f"      {folder.name} crashed ({result.reason}); asking for a repair")
@@ -2472,11 +2495,13 @@ def session(config: Config) -> int:
 def finish(s: Session) -> None:
     """Views, closing lines, picture and report, where this session made a row."""
     try:
-        if s.config.share and s.stood and not s.away:
+        if s.config.share and s.stood:
             s.claimed.clear()  # what was under way is free again
             began, last = time.monotonic(), asking(lambda: exchange(s))
             while not last.done() and (not STOP.is_set() or time.monotonic() - began < 20):
                 time.sleep(POLL_S)
+            if s.told or not last.done():
+                s.screen.say(f"      {s.config.share} may lack our last rows: the next session pushes them")
         state = recall(s)
         if made := sum(r.session == s.began for r in state.mine):  # else there is nothing new to say
             state = settle(s, state)

@@ -178,6 +178,7 @@ OTHER_FORMS |= {"another arrow": "DECAY \u2190 0.3", "from to": "Change DECAY fr
 OTHER_FORMS |= {"bare labels": "SEARCH\n    x = f(1)\nREPLACE\n    x = f(2)", "a plus": "+    x = norm(x)"}
 OTHER_FORMS |= {"a minus": "-    x = norm(x)", "a minus and a plus": "- DECAY = 0.2\n+ DECAY = 0.3"}
 OTHER_FORMS |= {"a tool": "<tool_call>\nstep = 7\n</tool_call>", "labels": "OLD:\n    step = 0\nNEW:\n    step = 7"}
+OTHER_FORMS |= {"a table": "| DECAY | 0.2 | 0.3 |"}
 OTHER_FORMS |= {"in a list": "1. change:\n   ```python\n   rows = 7\n   ```", "bare": "-    step = 0\n+    step = 7"}
 
 
@@ -195,6 +196,13 @@ PROSE = ["TOTAL_BATCH 2048 to 1024 gives more.", "RMS 1.0 scale", "MLP 4x is wid
 PROSE += ["1. Plan A is too costly.\n2. Plan B is good.", "-    steps rise", "with", "Description of change: more"]
 PROSE += ["RISK: 0.3", "CONFIDENCE: 70%", "Raising RATE from 1.0 to 2.0 gives faster progress."]
 PROSE += ["- `RATE`: 1.0 \u2192 2.0", "Also SET RATE = 2.0 as said", "RATE = 2.0"]  # the same edit, in words
+PROSE += ["| name | old | new |\n| --- | --- | --- |\n| RATE | 1.0 | 2.0 |", "We also set RATE to 2.0 (see above)."]
+PROSE += [
+    "x = (B, T, C) here",
+    "Return to 0.75 if it is worse (see 0012)",
+    "| Peak GPU memory | 4.1 GB |",
+    "Or not, if this fails.",
+]
 PROSE += ["Best so far:\nval_bpb = 0.9812", "- costs memory\n+ faster", "SET RATE = 2.0"]  # the last: again the same
 
 
@@ -255,6 +263,10 @@ REFUSED |= {
     "SET RATES = 1": "Did you mean RATE",
     "SET NAME = value": "not an edit",
     "A LINE: SET RATE = 0.5": "should be: SET RATE = 0.5",
+    "SET RATE = 2.0\nIf it diverges, instead:\nSET ROWS = 32": "opens another experiment",
+    "SET RATE = 2.0\n**Alternative:**\nSET ROWS = 32": "opens another experiment",
+    block("    step = 0", "    # ... rest unchanged ..."): "'# ... rest unchanged ...' stands for lines",
+    f"```python\nimport torch\n# rest of the file as it is\n{TEXT[TEXT.index('def build') :]}```": "Write every line",
 }
 
 
@@ -263,12 +275,25 @@ def test_what_is_ambiguous_or_no_plain_literal_of_the_same_kind_goes_back(edits)
     assert REFUSED[edits] in problem(edits)
 
 
+@pytest.mark.parametrize(
+    "draft", ["SET DECAY = 0.3\nNo, 0012 was that.\n", f"{STEP}\nBetter:\n", "HYPOTHESIS: not\nSET DECAY = 0.3\n"]
+)
+def test_a_draft_before_the_reply_is_not_applied_with_it_and_a_block_may_be_told_in_words(draft):
+    with pytest.raises(agent.EditError, match="before and after DESCRIPTION"):
+        agent.parse_reply(f"{draft}\nDescription: faster\nSET RATE = 2.0")
+    told = block("RATE = 1.0  # best at 3 [0.01, 100]", "RATE = 2.0  # more") + "\n\n- RATE: 1.0 \u2192 2.0\n"
+    assert "RATE = 2.0  # more" in edited(told) and "This is no edit" in problem(told.replace("2.0\n", "3.0\n"))
+
+
 def test_a_long_reply_is_read_at_once():
     began = time.monotonic()
     problem("<<<<<<< SEARCH\nx\n=======\ny\n" * 2000)  # a model stuck in a loop
     problem("<think>" * 5000 + "DESCRIPTION: " * 5000)
     assert "mostly blank" in problem("SET RATE = 2.0" + "\n" * 100_000 + "x")
     problem("\n\n> " * 6000)
+    for cell in "| LLL ", "| A_LONG_NAME ", "also RATE to ", "or if ", "# rest ":
+        problem(cell * 8000)
+        agent.parse_reply(f"SET RATE = 2.0\n{cell.strip('|') * 8000}")
     problem(block("\n".join(f"no such line {i}" for i in range(300)), "pass"), TEXT * 20)
     assert time.monotonic() - began < 20
 

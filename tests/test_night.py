@@ -226,6 +226,20 @@ def test_a_gpu_in_use_by_others_voids_a_run_and_is_waited_for(checkout, server, 
     assert "waiting: another program uses" in out and len(is_whole(checkout)) == 2
 
 
+@pytest.mark.slow
+def test_a_run_that_never_counts_is_a_crash_in_the_end(checkout, server, tmp_path, monkeypatch):
+    """nvidia-smi is a stand-in that tells of another program twice after each run of this text."""
+    flag, tool = tmp_path / "taken", tmp_path / "nvidia-smi"
+    taken, free = (f"echo 'Stand-in, {used}, 24000'" for used in (9000, 300))
+    tool.write_text(f"#!/bin/sh\nif [ -s {flag} ]; then {taken}; sed -i 1d {flag}; else {free}; fi\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    text = with_line(checkout.text(), f"open({str(flag)!r}, 'w').write('x\\nx\\n')")
+    assert llm(checkout, server, reply(f"```python\n{text}```", "takes it"), guard=False) == 0
+    row = is_whole(checkout)[-1]
+    assert row["status"] == "crash" and "(another program uses 8.8 of the GPU's 23 GB)" in row["description"]
+
+
 @pytest.mark.parametrize("tool", ["true", slow("exit 9"), slow("echo 'Orin, [N/A], [N/A]'"), "printf '\\377'"])
 def test_a_driver_that_does_not_tell_holds_nothing_up(checkout, tmp_path, monkeypatch, tool):
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{tool}\n")
