@@ -812,11 +812,12 @@ THOUGHT = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
 THOUGHT_END = rf"[<\[]/{THOUGHT}[>\]]"
 CHOICE = "(?:option|alternative|variant|approach|version|idea|plan|proposal|candidate|choice)"
 CHOICE = rf"^(?:[^\w\n]|\d)*(?:{CHOICE} #?([a-d1-4]|one|two)\b|(first|second) {CHOICE})"
+# A line between two edits that opens another experiment
 SECOND = r"or|alternatively|alternative|fallback|backup plan|future work|if .{0,60}\b(?:instead|diverges|fails|crashes|worse)"
-SECOND = re.compile(rf"^\W*(?:{SECOND})\b.{{0,30}}$", re.M | re.I)  # a line between edits that opens another experiment
-# A comment in the place of lines that are left out
+SECOND = re.compile(rf"^[^\w\n]*(?:{SECOND})\b.{{0,30}}$", re.M | re.I)
+# A comment that stands for lines which are left out
 LAZY = r"(?:the )?(?:rest|remaining|other|existing)\b.*\b(?:code|file|unchanged|the same|as (?:it )?is)|same as before|unchanged"
-LAZY = re.compile(rf"^[ \t]*#[ \t]*(?:\W*(?:\.\.\.|\u2026).*|\W*(?:{LAZY})\W*)$", re.M | re.I)
+LAZY = re.compile(rf"^[ \t]*#(?:[^\w\n]*(?:\.\.\.|\u2026).*|[^\w\n]*(?:{LAZY})[^\w\n]*)$", re.M | re.I)
 # What the form has no edits in: a hypothesis may say of an earlier one
 TOLD = r"\n[ \t]*\n|<<<|&lt;|</?\w|```|~~~|\n[-+=]{5}|\n-[^\n]*\n\+[^\n]*[=()\[\]]|\bSET\W+\w+[ \t]*[=:]"
 TOLD = re.compile(rf"^[^\w\n]*HYPOTHESIS\b(?:(?!{TOLD}).)*?(?=\s*\n[^\w\n]*(?:EXPECTED|DESCRIPTION)\b)", re.M | re.S)
