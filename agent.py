@@ -855,7 +855,8 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
     files = [m for m in FENCE.finditer(re.sub(BLOCK, "", reply, flags=re.M)) if re.search(r"^def main\b", m[2], re.M)]
     for m in files:
         reply = reply.replace(m[0], "")
-    found = [Edit("set", m[3], m[4]) if m[3] else Edit("block", m[1], m[2]) for m in EDIT.finditer(reply)]
+    marks = [*EDIT.finditer(reply)]
+    found = [Edit("set", m[3], m[4]) if m[3] else Edit("block", m[1], m[2]) for m in marks]
     rest = TOLD.sub("", EDIT.sub("", reply))
     sets = {(edit.old, edit.new.partition("#")[0].strip()) for edit in found if edit.kind == "set"}
     blocks = "\n".join(edit.new for edit in found if edit.kind == "block")
@@ -872,15 +873,16 @@ def reply_edits(reply: str) -> tuple[Edit, ...]:
     if any(edit.old in ("NAME", "exact lines of train.py\n") for edit in found):
         raise EditError("This is the form, not an edit: name a constant of train.py and a number, or copy its lines.")
     choices = re.findall(CHOICE, rest.lower(), re.M)
-    describes = [m.start() for m in re.finditer(r"^[^\w\n]*DESCRIPTION\b", reply, re.M | re.I)]
-    several = len(set(choices)) > 1 or len(re.findall(r"^[^\w\n]*DESCRIPTION\b", rest, re.M | re.I)) > 1
-    if describes and len({m.start() < describes[0] for m in EDIT.finditer(reply)}) > 1:
+    field = re.compile(r"^[^\w\n]*DESCRIPTION\b", re.M | re.I)
+    several = len(set(choices)) > 1 or len(field.findall(rest)) > 1
+    if (described := field.search(reply)) and len({m.start() < described.start() for m in marks}) > 1:
         raise EditError("Edits stand before and after DESCRIPTION: put those of this experiment after it, no others.")
     twice = len({name for name, _ in sets}) < len(sets)
     if twice or len(files + found) > 1 and (several or files):
         what = "alternatives, two values for one hyperparameter, or a whole file beside other edits"
         raise EditError(f"The reply offers {what}. One experiment tries one thing: send the better one only.")
-    if other := next(filter(None, map(SECOND.search, EDIT.split(reply)[5:-1:5])), None):
+    between = (reply[a.end() : b.start()] for a, b in itertools.pairwise(marks))
+    if other := next(filter(None, map(SECOND.search, between)), None):
         raise EditError(f"{other[0].strip()!r} opens another experiment: send the edits of one, without such a line.")
     if not files + found:
         form = "after the description a line that begins with SET, then a hyperparameter's name, = and its new value"
@@ -2259,7 +2261,7 @@ def run(s: Session, state: State, job: Job) -> tuple[Job, Result]:
                 new = score(s, folder, split)
                 result = Result(new.status, new.reason, result.blocks | new.blocks, result.measured | new.measured)
         if result.status == "void" and voids == 4 and job.kind == "candidate":  # perhaps it is what stops the machine
-            return job, result._replace(status="crash", measured=result.measured | {"wall_s": time.monotonic() - began})
+            result, crashes = result._replace(status="crash"), REPAIR_TRIES
         if result.status == "void":
             voids += 1
             s.screen.say(f"      {folder.name} does not count ({result.reason}); it is run again ({voids})")
