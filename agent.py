@@ -1067,7 +1067,7 @@ def search_proposal(text: str, key: str, tried: dict[str, Row], task: Task, rows
         with contextlib.suppress(EditError):
             guard(apply_edits(text, edits, task.preset), text, tried, task)
             moves = ", ".join(f"{k.name} {k.value} -> {value}" for k, value in new)  # as MOVE reads them
-            return Row(moves[:80], SEARCHED + moves, edits)
+            return Row(textwrap.shorten(moves, 80), SEARCHED + moves, edits)  # no number is cut
     raise UserError("the search finds no untried step: train.py needs lines `NAME = number  # what [low, high]`")
 
 

@@ -33,32 +33,33 @@ SIZES = {  # the row of the active preset is used
     # MICRO_ROWS: rows that are in memory at once, at most; no result depends on it, lower it when memory runs out
     # MATRIX_LR: Muon's rate for the matrices of the blocks [0.002, 0.2]
     # MUON_STEPS: Newton-Schulz steps that make an update orthogonal; 5 take an eighth of a step on a CPU [1, 5]
+    # MLP_RATIO: hidden channels of the MLP per channel of the model [0.5, 8]
+    # CONV_TAPS: tokens before the present one that the convolution in front of every attention blends in [1, 8]
+    # ADAM_BETA1: AdamW's mean of the gradient: share kept per step [0.5, 0.95]
     "datacenter": dict(DEPTH=8, HEADS=6, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, RECALL_PAIRS=0, BATCH_ROWS=64,
-                       MICRO_ROWS=32, MATRIX_LR=0.04, MUON_STEPS=5),
+                       MICRO_ROWS=32, MATRIX_LR=0.04, MUON_STEPS=5, MLP_RATIO=4.0, CONV_TAPS=2, ADAM_BETA1=0.8),
     "consumer": dict(DEPTH=6, HEADS=4, HEAD_DIM=128, WINDOW=256, VALUE_EVERY=2, RECALL_PAIRS=0, BATCH_ROWS=32,
-                     MICRO_ROWS=16, MATRIX_LR=0.04, MUON_STEPS=5),
+                     MICRO_ROWS=16, MATRIX_LR=0.04, MUON_STEPS=5, MLP_RATIO=4.0, CONV_TAPS=2, ADAM_BETA1=0.8),
     "mac": dict(DEPTH=4, HEADS=2, HEAD_DIM=128, WINDOW=128, VALUE_EVERY=1, RECALL_PAIRS=0, BATCH_ROWS=16,
-                MICRO_ROWS=16, MATRIX_LR=0.03, MUON_STEPS=5),
+                MICRO_ROWS=16, MATRIX_LR=0.03, MUON_STEPS=5, MLP_RATIO=4.0, CONV_TAPS=2, ADAM_BETA1=0.8),
     "cpu": dict(DEPTH=2, HEADS=2, HEAD_DIM=64, WINDOW=256, VALUE_EVERY=1, RECALL_PAIRS=16777216, BATCH_ROWS=8,
-                MICRO_ROWS=8, MATRIX_LR=0.03, MUON_STEPS=3),
+                MICRO_ROWS=8, MATRIX_LR=0.03, MUON_STEPS=5, MLP_RATIO=2.46, CONV_TAPS=1, ADAM_BETA1=0.867),
 }
 # fmt: on
 
 # Architecture
 WINDOW_PATTERN = "SSSL"  # S: short window, L: full; repeated over the blocks; the last block is always full
-MLP_RATIO = 4.0  # hidden channels of the MLP per channel of the model [0.5, 8]
 ROPE_BASE = 10000.0  # longest wavelength of the rotary embedding, about this many times 2 pi tokens [100, 1000000]
 SOFTCAP = 30.0  # the head's logits stay within +-SOFTCAP: x / (1 + |x| / SOFTCAP), as a tanh costs 8 % [10, 100]
 GATE_CHANNELS = 32  # channels of a block's input that drive the gates of its value embedding [1, 128]
 EMBED_MIX_INIT = 0.1  # share of the token embedding mixed in before every block, at the start [0, 1]
 ROW_GRAMS = 3  # guesses from the row go by its last 1 to so many tokens [1, 8]
 TEXT_GRAMS = 5  # guesses from the training text go by the last 2, the last 3, ... tokens: so many sources [1, 8]
-SLOTS = 8  # guesses from each of these: what followed most often [1, 16]
-CONV_TAPS = 2  # tokens before the present one that the convolution in front of every attention blends in [1, 8]
+SLOTS = 13  # guesses from each of these: what followed most often [1, 16]
 
 # AdamW: embeddings, head and scalars. The rates of the first three are for a width of 768 and grow as width ** -0.5
 EMBED_LR = 0.8  # embeddings of tokens and of values [0.05, 5]
-GUESS_LR = 0.3  # embedding of guesses [0.02, 2]
+GUESS_LR = 0.487  # embedding of guesses [0.02, 2]
 HEAD_LR = 0.01  # output head, gates of guesses [0.001, 0.1]
 KIND_LR = 0.05  # embedding of the kinds of guesses, and what each is worth [0.005, 0.5]
 CONV_LR = 0.1  # weights of the convolutions [0.01, 1]
@@ -66,8 +67,7 @@ RESIDUAL_LR = 0.015  # per-block scale of the residual stream [0.001, 0.1]
 MIX_LR = 0.5  # per-block share of the token embedding [0.01, 2]
 EMBED_DECAY = 0.002  # weight decay of the embeddings of tokens, guesses and values, times their rates [0, 0.05]
 HEAD_DECAY = 0.005  # weight decay of head and gates, times their rate [0, 0.1]
-ADAM_BETA1 = 0.8  # mean of the gradient: share kept per step [0.5, 0.95]
-ADAM_BETA2 = 0.95  # mean of its square: share kept per step [0.8, 0.999]
+ADAM_BETA2 = 0.95  # mean of the gradient's square: share kept per step [0.8, 0.999]
 SCALAR_BETA1 = 0.96  # as ADAM_BETA1, for the per-block scalars [0.5, 0.99]
 
 # Muon: the matrices of the blocks
@@ -262,9 +262,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two layers with the square of ReLU between them."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, ratio: float):
         super().__init__()
-        hidden = multiple_of_8(MLP_RATIO * width)
+        hidden = multiple_of_8(ratio * width)
         self.up, self.down = Linear(width, hidden, bias=False), Linear(hidden, width, bias=False)
 
     def forward(self, x):
@@ -274,10 +274,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then MLP."""
 
-    def __init__(self, heads: int, head_dim: int, window: int, has_value_embedding: bool):
+    def __init__(self, size: SimpleNamespace, head_dim: int, window: int, has_value_embedding: bool):
         super().__init__()
-        self.attention = Attention(heads, head_dim, window, has_value_embedding)
-        self.mlp = MLP(heads * head_dim)
+        self.attention = Attention(size.HEADS, head_dim, window, has_value_embedding)
+        self.mlp = MLP(size.HEADS * head_dim, size.MLP_RATIO)
 
     def forward(self, x, scale, embedded, mix, taps, rotary, value_embedding, block_mask):
         """The residual stream x (B, T, width), scaled, with a share of the token embedding, through both layers."""
@@ -299,10 +299,10 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(vocab_size, width)
         self.recall = Recall(size.RECALL_PAIRS, vocab_size, width)
         self.value_embeddings = nn.ModuleDict({str(i): nn.Embedding(vocab_size, width) for i in has_value})
-        self.blocks = nn.ModuleList(Block(size.HEADS, head_dim, w, i in has_value) for i, w in enumerate(self.windows))
+        self.blocks = nn.ModuleList(Block(size, head_dim, w, i in has_value) for i, w in enumerate(self.windows))
         self.residual_scale = nn.Parameter(torch.ones(size.DEPTH))
         self.embed_mix = nn.Parameter(torch.full((size.DEPTH,), EMBED_MIX_INIT))
-        self.conv_taps = nn.Parameter(torch.zeros(size.DEPTH, CONV_TAPS, width))
+        self.conv_taps = nn.Parameter(torch.zeros(size.DEPTH, size.CONV_TAPS, width))
         self.head = Linear(width, vocab_size, bias=False)
         self.register_buffer("rotary", rotary_table(seq_len, head_dim), persistent=False)
         self.init_weights()
@@ -435,7 +435,7 @@ class Muon(torch.optim.Optimizer):
 def adamw(model) -> torch.optim.Optimizer:
     """AdamW for all that is not Muon's."""
     recall, scale = model.recall, (model.head.in_features / 768) ** -0.5
-    betas, scalar_betas = (ADAM_BETA1, ADAM_BETA2), (SCALAR_BETA1, ADAM_BETA2)
+    betas, scalar_betas = (model.size.ADAM_BETA1, ADAM_BETA2), (SCALAR_BETA1, ADAM_BETA2)
     embeddings = [model.embedding.weight, *model.value_embeddings.parameters()]
     groups = [
         dict(params=embeddings, lr=EMBED_LR * scale, betas=betas, weight_decay=EMBED_DECAY),
