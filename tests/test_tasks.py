@@ -71,7 +71,8 @@ def test_the_search_moves_a_tasks_constants_and_the_session_goes_on(tmp_path, fo
         assert [row["id"] for row in checkout.rows()] == [f"{i + 1:04d}" for i in range(rows)]
     for row in checkout.rows()[1:]:  # a commit says all moves, which the search reads again
         hypothesis = checkout.git("show", "-s", "--format=%B", row["commit"]).split("\n\n")[1]
-        assert " ".join(hypothesis.split()).startswith(f"Local search: {re.split(r' [([]', row['description'])[0]}")
+        described = row["description"].partition(" (")[0].removesuffix(" [...]")
+        assert " ".join(hypothesis.split()).startswith(f"Local search: {described}")
     knobs = agent.knobs(checkout.text(), "-")
     assert {row["description"].split()[0] for row in checkout.rows()[1:]} <= set(knobs) and len(knobs) > 6
     assert "counts no noise" in (report := (checkout.root / "runs" / "t" / "report.md").read_text())

@@ -247,7 +247,7 @@ def slow_muon(weight, gradients, lr, momentum, decay, steps):
     return weight
 
 
-@pytest.mark.parametrize("steps", [3, 5])
+@pytest.mark.parametrize("steps", sorted({3, *(size["MUON_STEPS"] for size in train.SIZES.values())}))
 def test_muon_agrees_with_a_slow_float64_reference(steps):
     weights = [torch.randn(shape) for shape in [(16, 16), (16, 16), (32, 16), (16, 32), (16, 16)]]
     gradients = [torch.randn(3, *weight.shape) for weight in weights]
